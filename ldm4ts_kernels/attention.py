@@ -1,0 +1,344 @@
+"""`attention_fn` and `explain`: the only door to every backend."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm4ts_kernels.backends import CHAINS, Arguments, Backend, Call, constant
+
+logger = logging.getLogger("ldm4ts_kernels")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call, and why each of the others does not.
+
+    `reasons` maps each backend of the chain, in order, to the sentences that speak against it; one
+    with none could serve the call. `chosen` is the backend that would run, None where none can.
+    """
+
+    call: Call
+    precision: str
+    reasons: Mapping[str, tuple[str, ...]]
+    chosen: str | None
+
+    def __str__(self) -> str:
+        width = max(map(len, self.reasons), default=0)
+        lines = [f"attention_fn, precision={self.precision!r}: {self.chosen or 'nothing'} serves"]
+        for name, reasons in self.reasons.items():
+            verdict = "serves" if name == self.chosen else "could serve"
+            lines.append(f"  {name:<{width}}  {'; '.join(reasons) or verdict}")
+        return "\n".join(lines)
+
+
+def attention_fn(
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, G, K, D)
+    value: Tensor,  # (B, G, K, E)
+    attn_mask: Tensor | None = None,  # broadcasts to (B, H, Q, K)
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    precision: str = "exact",
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Any:  # (B, H, Q, E), and with return_lse also (B, H, Q)
+    """Compute softmax(scale * query @ keyᵀ + attn_mask) @ value, on the fastest backend that can.
+
+    A drop-in for `torch.nn.functional.scaled_dot_product_attention`: the positional part has its
+    order and meaning, 3-D input is taken as one head, and under autocast the inputs are cast.
+
+    Args:
+        query, key, value: float16, bfloat16, float32 or float64 of one device. Strides are free.
+        attn_mask: boolean (True attends) or of the query's dtype (added to the scores).
+        dropout_p: probability of dropping an attention weight, in [0, 1).
+        is_causal: query i attends keys j ≤ i. Excludes `attn_mask`.
+        scale: factor of the scores; D ** -0.5 when None.
+        enable_gqa: H may be a multiple of G; query head h attends key/value head h // (H // G).
+        precision: "exact" never quantises; "int8" may quantise query and key (SageAttention,
+            arXiv 2410.02367), and ends in SDPA with one warning where nothing else can serve.
+        backend: "auto", or a name of `backends.CHAINS[precision]`, which then runs or raises.
+        return_lse: also return the log-sum-exp of the scores (natural log, float32).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options disagree; the message names the argument.
+        NotImplementedError: no backend, or not the one named, can serve the call; with each reason.
+    """
+    if query.ndim == 3:
+        _check_3d(query, key, value, attn_mask)
+        mask = attn_mask if attn_mask is None or attn_mask.ndim < 3 else attn_mask.unsqueeze(1)
+        result = attention_fn(
+            query.unsqueeze(1),
+            key.unsqueeze(1),
+            value.unsqueeze(1),
+            mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            precision=precision,
+            backend=backend,
+            return_lse=return_lse,
+        )
+        return tuple(t.squeeze(1) for t in result) if return_lse else result.squeeze(1)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    call = _describe(query, key, value, attn_mask, dropout_p, is_causal, return_lse, precision)
+    if backend == "auto" and _has_one_key(call):
+        _chain(precision)
+        return _OneKey.apply(query, key, value)
+    chosen = (_select if torch.compiler.is_compiling() else _cached_select)(
+        call, precision, backend
+    )
+    _announce(chosen.name, precision)
+    return chosen.run(
+        Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, return_lse)
+    )
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    precision: str = "exact",
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Explanation:
+    """Say, backend by backend, why each would or would not serve this call, and which one would.
+
+    Takes what `attention_fn` takes, runs nothing, and raises ValueError where that would.
+    """
+    if query.ndim == 3:
+        _check_3d(query, key, value, attn_mask)
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unsqueeze(1)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    call = _describe(query, key, value, attn_mask, dropout_p, is_causal, return_lse, precision)
+    return explain_call(call, precision=precision, backend=backend)
+
+
+def explain_call(call: Call, *, precision: str = "exact", backend: str = "auto") -> Explanation:
+    """Explain a call that is described rather than made: see `explain`."""
+    chain = _chain(precision)
+    if backend == "auto":
+        reasons = {row.name: tuple(_reasons(row, call, auto=True)) for row in chain}
+        if _has_one_key(call):
+            reasons = {"one key": (), **reasons}
+    else:
+        row = _named(backend, precision)
+        reasons = {row.name: tuple(_reasons(row, call, auto=False))}
+    chosen = next((name for name, against in reasons.items() if not against), None)
+    return Explanation(call, precision, MappingProxyType(reasons), chosen)
+
+
+def _reasons(row: Backend, call: Call, auto: bool) -> list[str]:
+    reasons = row.requires.unmet(call)
+    if auto and not reasons and (decline := row.declines(call)):
+        reasons.append(decline)
+    return reasons
+
+
+def _select(call: Call, precision: str, backend: str) -> Backend:
+    rows = _chain(precision) if backend == "auto" else (_named(backend, precision),)
+    refused = []
+    for row in rows:
+        reasons = _reasons(row, call, auto=backend == "auto")
+        if not reasons:
+            return row
+        refused.append(f"{row.name} cannot serve this call: {'; '.join(reasons)}")
+    raise NotImplementedError("\n".join([*refused, f"the call: {call}"]))
+
+
+_cached_select = functools.lru_cache(maxsize=4096)(_select)  # Dynamo traces the plain one
+
+
+def _chain(precision: str) -> tuple[Backend, ...]:
+    if precision not in CHAINS:
+        raise ValueError(f"precision must be one of {sorted(CHAINS)}, got {precision!r}")
+    return CHAINS[precision]
+
+
+def _named(backend: str, precision: str) -> Backend:
+    for row in _chain(precision):
+        if row.name == backend:
+            return row
+    known = ["auto", *(row.name for row in _chain(precision))]
+    raise ValueError(f"backend must be one of {known} for {precision=}, got {backend!r}")
+
+
+@constant
+def _announce(name: str, precision: str) -> None:
+    """Log the first use of a backend; warn where int8 was asked for and nothing quantises."""
+    logger.info("attention backend in use: %s (precision %s)", name, precision)
+    if precision == "int8" and name == "sdpa":
+        warnings.warn(
+            "precision='int8' is served by sdpa, which does not quantise: no INT8 backend can serve"
+            " this call; ldm4ts_kernels.explain says why",
+            stacklevel=3,
+        )
+
+
+class _OneKey(torch.autograd.Function):
+    """Attention over one key: the softmax is 1, the output the value, and no score is formed."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.shapes = query.shape, key.shape, value.shape
+        groups = query.shape[1] // value.shape[1]
+        return (
+            value[:, :, None]
+            .expand(-1, -1, groups, query.shape[2], -1)
+            .reshape(*query.shape[:3], value.shape[-1])
+            .contiguous()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query_shape, key_shape, value_shape = ctx.shapes
+        zero = grad.new_zeros(())  # the softmax of one score is constant
+        dv = grad.unflatten(1, (value_shape[1], -1)).sum((2, 3)).unsqueeze(2)
+        return zero.expand(query_shape), zero.expand(key_shape), dv
+
+
+def _has_one_key(call: Call) -> bool:
+    return call.key_length == 1 and not (call.mask or call.dropout or call.return_lse)
+
+
+def _describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    return_lse: bool,
+    precision: str,
+) -> Call:
+    mask = None
+    if attn_mask is not None:
+        mask = "boolean" if attn_mask.dtype == torch.bool else "additive"
+        if attn_mask.requires_grad and torch.is_grad_enabled():
+            mask = "additive with gradient"
+    grads = query.requires_grad or key.requires_grad or value.requires_grad
+    return Call(
+        device=query.device,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        query_length=query.shape[2],
+        key_length=key.shape[2],
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        mask=mask,
+        dropout=dropout_p > 0.0,
+        is_causal=is_causal,
+        needs_grad=torch.is_grad_enabled() and (grads or mask == "additive with gradient"),
+        return_lse=return_lse,
+        unit_stride=query.stride(3) == key.stride(3) == value.stride(3) == 1,
+        default_stream=precision == "int8" and _on_default_stream(query.device),
+    )
+
+
+def _on_default_stream(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+
+
+def _autocast(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Cast as SDPA is cast under autocast: floating inputs to the autocast dtype."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind) or query.dtype == torch.float64:
+        return query, key, value, attn_mask
+    dtype = torch.get_autocast_dtype(kind)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(dtype)
+    return query.to(dtype), key.to(dtype), value.to(dtype), attn_mask
+
+
+def _check_3d(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.ndim != 3:
+            raise ValueError(f"{name} must be 3-D like query, got {tuple(tensor.shape)}")
+    if attn_mask is not None and attn_mask.ndim > 3:
+        raise ValueError(
+            f"attn_mask must broadcast to (B, Q, K) for 3-D query, got {tuple(attn_mask.shape)}"
+        )
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
+    _check_shapes(query, key, value, enable_gqa)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
+    if not query.dtype.is_floating_point or query.dtype.itemsize == 1:
+        raise ValueError(f"query must be float16, bfloat16, float32 or float64, got {query.dtype}")
+    if attn_mask is not None:
+        _check_mask(query, key, attn_mask, is_causal)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have shape (B, H, N, D), got {tuple(tensor.shape)}")
+    B, H, _, D = query.shape
+    G, K = key.shape[1], key.shape[2]
+    if D == 0:
+        raise ValueError(f"query must have a head dim of at least 1, got {tuple(query.shape)}")
+    if key.shape != (B, G, K, D):
+        raise ValueError(f"key must have shape ({B}, {H}, K, {D}), got {tuple(key.shape)}")
+    if value.shape[:3] != (B, G, K):
+        raise ValueError(f"value must have shape ({B}, {G}, {K}, E), got {tuple(value.shape)}")
+    if H != G and not enable_gqa:
+        raise ValueError(
+            f"key must have {H} heads like query, got {G}; enable_gqa=True allows less"
+        )
+    if G == 0 or H % G:
+        raise ValueError(f"key must have a number of heads that divides the query's {H}, got {G}")
+
+
+def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor, is_causal: bool) -> None:
+    if is_causal:
+        raise ValueError("attn_mask and is_causal=True exclude each other")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on {query.device} like query, got {attn_mask.device}")
+    if attn_mask.dtype not in (torch.bool, query.dtype):
+        raise ValueError(f"attn_mask must be bool or {query.dtype}, got {attn_mask.dtype}")
+    full = (*query.shape[:3], key.shape[2])
+    sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
+    if attn_mask.ndim > 4 or any(size not in (1, whole) for size, whole in sizes):
+        raise ValueError(f"attn_mask must broadcast to {full}, got {tuple(attn_mask.shape)}")
