@@ -1,0 +1,343 @@
+"""LDM4TS: latent diffusion over images of a time series, fused with a patch Transformer.
+
+history -> (image -> latents, noised and denoised by the U-Net under the window's tokens -> image ->
+visual head; patches -> Transformer) -> gate -> location and scale of the future.
+Li et al., "LDM4TS", arXiv 2502.14887.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from ldm4ts_kernels.diffusers_integration import patch_unet_attention
+from ldm4ts_kernels.model.autoencoder import ImageAutoencoder
+from ldm4ts_kernels.model.checkpoint import load_weights, read_config, write_checkpoint
+from ldm4ts_kernels.model.conditioning import Conditioner, TextConditioner
+from ldm4ts_kernels.model.config import resolve_config
+from ldm4ts_kernels.model.denoiser import NoiseProcess, build_unet
+from ldm4ts_kernels.model.temporal import (
+    ForecastHead,
+    GatedFusion,
+    TemporalEncoder,
+    VisualHead,
+    gaussian_crps,
+)
+from ldm4ts_kernels.model.vision import encode_vision
+from ldm4ts_kernels.model.windows import (
+    as_futures,
+    as_prices,
+    as_windows,
+    check_finite,
+    standardise,
+)
+
+# Training targets are bounded, in standard deviations of their window: a window that was flat and
+# then moves would otherwise outweigh all others together.
+TARGET_LIMIT = 20.0
+QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
+
+
+class LDM4TSModel(nn.Module):
+    """Forecast the targets' values at the horizons from a window: draws, or their statistics.
+
+    `None` means the preset's value; `config_fields` are those of `LDM4TSConfig`. `device="cuda"`
+    without a GPU is a RuntimeError, an unknown field a TypeError, a bad value a ValueError.
+    `attention_backend` ("default" | "flash" | "sage" | "auto") serves the U-Net and the
+    autoencoder, through `patch_unet_attention`.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] | None = None,
+        horizons: tuple[int, ...] | None = None,
+        diffusion_steps: int | None = None,
+        device: str | torch.device = "cuda",
+        attention_backend: str = "flash",
+        enable_gradient_checkpointing: bool = True,
+        preset: str = "guide",
+        **config_fields: Any,
+    ):
+        super().__init__()
+        target_device = _available_device(device)
+        named = {
+            "image_size": image_size,
+            "horizons": horizons,
+            "diffusion_steps": diffusion_steps,
+        }
+        given = {name: value for name, value in named.items() if value is not None}
+        config = resolve_config(preset, **given, **config_fields)
+        self.config = config
+        self.attention_backend = attention_backend
+
+        self.autoencoder = ImageAutoencoder(config)
+        self.latent_shape = self._latent_shape()
+        self.unet: Any = build_unet(config, self.latent_shape[0], self.latent_shape[1:])
+        self.noise_process = NoiseProcess(config)
+        text = None
+        if config.text_encoder is not None:
+            text = TextConditioner(
+                config.text_encoder,
+                config.prompt,
+                config.history,
+                config.horizons,
+                config.targets,
+                config.cross_attention_dim,
+            )
+        self.conditioner = Conditioner(
+            config.history, config.variates, config.cross_attention_dim, text
+        )
+        self.temporal = TemporalEncoder(config)
+        self.visual = VisualHead(config)
+        self.fusion = GatedFusion(config.fusion_width)
+        self.head = ForecastHead(config.fusion_width, len(config.horizons))
+        for module in (self.unet, self.autoencoder.kl):
+            patch_unet_attention(
+                module,
+                backend=attention_backend,
+                enable_gradient_checkpointing=enable_gradient_checkpointing,
+            )
+        self.to(target_device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.project.weight.device
+
+    # Training
+
+    @property
+    def needs_autoencoder_training(self) -> bool:
+        """True until stage 1 is over; checkpoints carry it."""
+        return self.autoencoder.needs_training
+
+    def autoencoder_parameters(self) -> list[nn.Parameter]:
+        """Return what stage 1 trains."""
+        return list(self.autoencoder.parameters())
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what stage 2 trains: all but the autoencoder and a text encoder."""
+        frozen = {id(parameter) for parameter in self.autoencoder.parameters()}
+        if self.conditioner.text is not None:
+            frozen |= {id(parameter) for parameter in self.conditioner.text.encoder.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in frozen]
+
+    def encode_vision(
+        self,
+        history: Tensor,  # (B, L, V)
+    ) -> Tensor:
+        """Return the three views of each window, in [0, 1]: (B, 3, height, width) float32."""
+        return encode_vision(history, self.config.image_size, self.config.period)
+
+    def autoencoder_loss(
+        self,
+        history: Tensor,  # (B, L, V) or (L, V)
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return stage 1's loss, the reconstruction of the images and a small KL: a scalar."""
+        images = self.encode_vision(as_windows("history", history, self.config, self.device))
+        return self.autoencoder.reconstruction_loss(images, generator)
+
+    def freeze_autoencoder(
+        self,
+        history: Tensor,  # (B, L, V) or (L, V), a sample of the training windows
+    ) -> None:
+        """End stage 1: scale the latents to unit variance over this sample, and stop training."""
+        self.autoencoder.freeze(
+            self.encode_vision(as_windows("history", history, self.config, self.device))
+        )
+
+    def loss(
+        self,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Return L_diff + λ L_pred as "loss", and both parts detached: scalars, float32.
+
+        batch: "history" (B, L, V) and "future" (B, T, C), in the same units. L_diff = ‖ε - ε_θ‖²;
+        L_pred = (location - y)² + CRPS of the scale around the location detached, in units of the
+        window's deviation, targets bounded to ± 20 of them. LDM4TS equation 13 and algorithm 1.
+        The gradient of L_pred reaches the U-Net through the frozen decoder. Runs without host
+        synchronisation (unless there is a text encoder); values are not checked for NaN.
+        Raises RuntimeError before stage 1 is over, ValueError for wrong shapes.
+        """
+        if self.needs_autoencoder_training:
+            raise RuntimeError(
+                "the autoencoder is untrained: minimise autoencoder_loss, then call "
+                "freeze_autoencoder, before loss"
+            )
+        history = as_windows("history", batch["history"], self.config, self.device)
+        future = as_futures(batch["future"], len(history), self.config, self.device)
+        series, last, deviation = standardise(history, self.config.targets)
+        target = ((future - last) / deviation).clamp(-TARGET_LIMIT, TARGET_LIMIT)
+
+        clean = self.autoencoder.encode(self.encode_vision(series))
+        noise = randn_tensor(clean.shape, generator, self.device)
+        timesteps = self._draw_timesteps(len(history), generator)
+        noisy = self.noise_process.add_noise(clean, noise, timesteps)
+        tokens = self.conditioner(series)
+        predicted = self.unet(noisy, timesteps, tokens, return_dict=False)[0].float()
+        estimate = self.noise_process.estimate_clean(noisy, predicted, timesteps)
+        location, scale = self._read_forecast(estimate, self.temporal(series))
+
+        diffusion = F.mse_loss(predicted, noise)
+        spread = gaussian_crps(location.detach(), scale, target).mean()
+        prediction = F.mse_loss(location, target) + spread
+        return {
+            "loss": diffusion + self.config.prediction_weight * prediction,
+            "diffusion": diffusion.detach(),
+            "prediction": prediction.detach(),
+        }
+
+    # Forecasting
+
+    @torch.no_grad()
+    def sample(
+        self,
+        ohlcv: Tensor,  # (B, L, V) or (L, V)
+        num_samples: int,
+        sampling_steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return draws of the targets' values at the horizons, (S, B, T, C), in units of the input.
+
+        A draw is location(z_0) + scale(z_0) · N(0, 1), z_0 by DDIM from its own noise; a single
+        draw is the location itself. The name is the guide's: any V variates serve.
+        Raises ValueError for wrong shapes, NaN or infinity, or too many sampling steps.
+        """
+        history = as_windows("ohlcv", ohlcv, self.config, self.device)
+        check_finite("ohlcv", history)
+        _check_count("num_samples", num_samples)
+        steps = self.config.sampling_steps if sampling_steps is None else sampling_steps
+        _check_count("sampling_steps", steps, self.config.diffusion_steps)
+        series, last, deviation = standardise(history, self.config.targets)
+        with _evaluating(self):
+            tokens = self.conditioner(series).repeat(num_samples, 1, 1)  # (S * B, tokens, width)
+            noise = randn_tensor((len(tokens), *self.latent_shape), generator, self.device)
+            latents = self.noise_process.sample(self.unet, noise, tokens, steps)
+            temporal = self.temporal(series).repeat(num_samples, 1, 1)  # (S * B, C, width)
+            location, scale = self._read_forecast(latents, temporal)
+        if num_samples > 1:
+            location = location + scale * randn_tensor(location.shape, generator, self.device)
+        return last + deviation * location.unflatten(0, (num_samples, -1))
+
+    def forward(
+        self,
+        ohlcv: Tensor,  # (B, L, V) or (L, V)
+        current_price: Tensor | float | None = None,
+        num_samples: int = 1,
+        sampling_steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Return "mean", "std", "q05", "q50" and "q95" of `num_samples` draws, each (B, T, C).
+
+        current_price, (B,) for one target or (B, C), is a value newer than the window's last: the
+        forecast is shifted by the difference. std is the draws' own (divided by S, so 0 for one).
+        Units, and errors, as for `sample`. No gradient: training goes through `loss`.
+        """
+        draws = self.sample(ohlcv, num_samples, sampling_steps, generator)  # (S, B, T, C)
+        if current_price is not None:
+            history = as_windows("ohlcv", ohlcv, self.config, self.device)
+            price = as_prices(current_price, len(history), self.config, self.device)
+            draws = draws + (price - history[:, -1, list(self.config.targets)])[:, None]
+        statistics = {"mean": draws.mean(dim=0), "std": draws.std(dim=0, correction=0)}
+        ordered = draws.sort(dim=0).values
+        for name, level in QUANTILES.items():
+            statistics[name] = _interpolate(ordered, level)
+        return statistics
+
+    # Checkpoints
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors, and pretrained parts into their own folders."""
+        write_checkpoint(self, Path(directory))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cuda",
+        attention_backend: str = "flash",
+        enable_gradient_checkpointing: bool = True,
+    ) -> "LDM4TSModel":
+        """Return the model that `save_pretrained` wrote, in eval mode.
+
+        Raises FileNotFoundError for a missing file, ValueError for another format or version and
+        for weights that do not fit.
+        """
+        path = Path(directory)
+        model = cls(
+            device=device,
+            attention_backend=attention_backend,
+            enable_gradient_checkpointing=enable_gradient_checkpointing,
+            **read_config(path),
+        )
+        load_weights(model, path)
+        return model.eval()
+
+    # Shared by training and forecasting
+
+    def _read_forecast(
+        self,
+        latents: Tensor,  # (B, Z, h, w), clean
+        temporal: Tensor,  # (B, C, width)
+    ) -> tuple[Tensor, Tensor]:  # location and scale, each (B, T, C)
+        visual = self.visual(self.autoencoder.decode(latents))
+        return self.head(self.fusion(temporal, visual))
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        reduction = self.autoencoder.reduction
+        height, width = self.config.image_size
+        if height % reduction or width % reduction:
+            raise ValueError(
+                f"image_size must be a multiple of the autoencoder's reduction {reduction}, "
+                f"got {self.config.image_size}"
+            )
+        return self.autoencoder.latent_channels, height // reduction, width // reduction
+
+    def _draw_timesteps(self, count: int, generator: torch.Generator | None) -> Tensor:
+        source = self.device if generator is None else generator.device
+        steps = self.config.diffusion_steps
+        return torch.randint(steps, (count,), generator=generator, device=source).to(self.device)
+
+
+def _interpolate(
+    ordered: Tensor,  # (S, ...), ascending
+    level: float,
+) -> Tensor:
+    """Return the quantile between the two nearest draws; torch.quantile ends at 16 M values."""
+    position = level * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return torch.lerp(ordered[below], ordered[above], position - below)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _available_device(device: str | torch.device) -> torch.device:
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        raise RuntimeError(
+            f'device="{device}" needs an NVIDIA GPU that PyTorch can use, and there is none here '
+            f'(torch {torch.__version__}, built for {built}); pass device="cpu" to run without'
+        )
+    return resolved
+
+
+def _check_count(name: str, value: int, largest: int | None = None) -> None:
+    if not isinstance(value, int) or value < 1 or (largest is not None and value > largest):
+        expected = ">= 1" if largest is None else f"from 1 to diffusion_steps ({largest})"
+        raise ValueError(f"{name} must be an integer {expected}, got {value!r}")
