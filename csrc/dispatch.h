@@ -1,0 +1,36 @@
+// The only door from run-time values to template arguments.
+#pragma once
+#include <type_traits>
+
+#include "types.h"
+
+// Head dims with kernels of their own; any other runs in the next one up, with predicated loads.
+// setup.py reads this list: sources that mention LDM_HEAD_DIM are compiled once for each.
+#define LDM_HEAD_DIMS(X) \
+  X(16) X(32) X(40) X(48) X(64) X(80) X(96) X(112) X(128) X(160) X(192) X(256)
+
+namespace ldm {
+
+constexpr int kMaxHeadDim = 256;
+
+// Calls f with the smallest compiled head dim that holds `head_dim`.
+template <typename F>
+auto with_head_dim(int head_dim, F&& f) {
+#define LDM_CASE(kDim) \
+  if (head_dim <= kDim) return f(std::integral_constant<int, kDim>());
+  LDM_HEAD_DIMS(LDM_CASE)
+#undef LDM_CASE
+  return f(std::integral_constant<int, kMaxHeadDim>());
+}
+
+template <typename F>
+auto with_element(bool bfloat16, F&& f) {
+  return bfloat16 ? f(BFloat16()) : f(Half());
+}
+
+template <typename F>
+auto with_flag(bool flag, F&& f) {
+  return flag ? f(std::true_type()) : f(std::false_type());
+}
+
+}  // namespace ldm

@@ -1,0 +1,124 @@
+// Operator schemas and torch glue on LibTorch's stable ABI: check → fill params → launch.
+// The only file that sees torch; one binary serves every torch ≥ 2.10 and every Python.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+
+#include "check.h"
+#include "dispatch.h"
+
+// A CPU-only torch has no such symbol. Weak: it stays null there and the library still loads.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace ldm {
+namespace {
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this build of torch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": ",
+                  cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+void set_mask(FlashParams& p, const std::optional<Tensor>& attn_mask, const Tensor& query) {
+  if (!attn_mask) return;
+  const Tensor& mask = *attn_mask;
+  const int64_t target[4] = {p.batch, p.heads, p.q_len, p.k_len};
+  const int64_t missing = 4 - mask.dim();
+  int64_t steps[4] = {};
+  bool fits = mask.is_cuda() && mask.get_device_index() == query.get_device_index() && missing >= 0;
+  for (int64_t i = missing < 0 ? 4 : missing; i < 4; ++i) {
+    fits = fits && (mask.size(i - missing) == target[i] || mask.size(i - missing) == 1);
+    steps[i] = step(mask, i - missing);
+  }
+  STD_TORCH_CHECK(fits, "attn_mask must broadcast to (", p.batch, ", ", p.heads, ", ", p.q_len,
+                  ", ", p.k_len, ") on the device of query, got ", shape_of(mask));
+  const ScalarType dtype = mask.scalar_type();
+  p.mask_kind = dtype == ScalarType::Bool            ? kBoolMask
+                : dtype == ScalarType::Float         ? kFloatMask
+                : dtype == query.scalar_type()       ? kElementMask
+                                                     : kNoMask;
+  STD_TORCH_CHECK(p.mask_kind != kNoMask, "attn_mask must be bool, float32 or of query's dtype");
+  p.mask = {mask.data_ptr(), steps[0], steps[1], steps[2], 0};
+  p.mask_col = steps[3];
+}
+
+FlashParams make_params(const Tensor& query, const Tensor& key, const Tensor& value,
+                        const std::optional<Tensor>& attn_mask, bool is_causal, double scale) {
+  const ScalarType dtype = query.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "query must be float16 or bfloat16");
+  check_operand("query", query, query);
+  check_operand("key", key, query);
+  check_operand("value", value, query);
+  const int64_t head_dim = query.size(3), heads = query.size(1), kv_heads = key.size(1);
+  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= kMaxHeadDim, "query must have a head dim of 1 to ",
+                  kMaxHeadDim, ", got ", head_dim);
+  STD_TORCH_CHECK(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
+                  "query must have a multiple of key's ", kv_heads, " heads, got ", heads);
+  check_shape("key", key, query.size(0), kv_heads, key.size(2), head_dim);
+  check_shape("value", value, query.size(0), kv_heads, key.size(2), head_dim);
+  STD_TORCH_CHECK(query.size(0) * heads <= INT32_MAX && query.size(2) < INT32_MAX - 1024 &&
+                      key.size(2) < INT32_MAX - 1024,
+                  "query and key must have fewer than 2^31 heads and positions");
+  FlashParams p = {};
+  p.q = strided(query);
+  p.k = strided(key);
+  p.v = strided(value);
+  p.bfloat16 = dtype == ScalarType::BFloat16;
+  p.causal = is_causal;
+  p.batch = static_cast<int32_t>(query.size(0));
+  p.heads = static_cast<int32_t>(heads);
+  p.kv_heads = static_cast<int32_t>(kv_heads);
+  p.q_len = static_cast<int32_t>(query.size(2));
+  p.k_len = static_cast<int32_t>(key.size(2));
+  p.head_dim = static_cast<int32_t>(head_dim);
+  p.scale = static_cast<float>(scale);
+  set_mask(p, attn_mask, query);
+  return p;
+}
+
+Tensor empty_rows(const Tensor& query) {
+  return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
+                                  ScalarType::Float);
+}
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+std::tuple<Tensor, Tensor> flash_forward(const Tensor& query, const Tensor& key,
+                                         const Tensor& value,
+                                         const std::optional<Tensor>& attn_mask, bool is_causal,
+                                         double scale) {
+  FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  Tensor out = torch::stable::empty_like(query);  // in the query's order of dimensions
+  Tensor lse = empty_rows(query);
+  p.o = strided(out);
+  p.lse = floats(lse);
+  const cudaStream_t stream = current_stream(query);
+  check_launch("flash_forward", with_head_dim(p.head_dim, [&](auto dim) {
+                 return launch_flash_fwd<dim.value>(p, stream);
+               }));
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace ldm
+
+STABLE_TORCH_LIBRARY(ldm4ts_kernels, m) {
+  m.def(
+      "flash_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
+      "float scale) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ldm4ts_kernels, CUDA, m) {
+  m.impl("flash_forward", TORCH_BOX(&ldm::flash_forward));
+}

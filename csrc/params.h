@@ -1,0 +1,64 @@
+// What every kernel is told: plain structs, no torch and no CUDA header.
+#pragma once
+#include <cstdint>
+
+typedef struct CUstream_st* cudaStream_t;  // as CUDA declares it
+
+namespace ldm {
+
+// One head after another, a row of `head_dim` adjacent elements a position. Strides in elements.
+struct Strided {
+  void* data;
+  int64_t batch;
+  int64_t head;
+  int64_t row;
+  int64_t vector;  // 1: every row starts at 16 bytes and holds whole chunks of 8 elements
+};
+
+enum MaskKind : int64_t { kNoMask = 0, kBoolMask = 1, kElementMask = 2, kFloatMask = 3 };
+enum QueryGradient : int64_t { kSeparateKernel = 0, kStoreOnce = 1, kAtomic = 2 };
+
+// B batch, H query heads, G key/value heads, Q query length, K key length, D head dim.
+// Fields of 8 bytes come first, so that there is no padding to guess at.
+struct FlashParams {
+  Strided q;         // (B, H, Q, D)
+  Strided k;         // (B, G, K, D)
+  Strided v;         // (B, G, K, D)
+  Strided o;         // (B, H, Q, D)
+  Strided d_o;       // (B, H, Q, D)
+  Strided dq;        // (B, H, Q, D)
+  Strided dk;        // (B, G, K, D)
+  Strided dv;        // (B, G, K, D)
+  Strided mask;      // (B, H, Q, K), any stride may be 0; row: of a query
+  int64_t mask_col;  // stride of a key in the mask
+  float* lse;        // (B, H, Q), natural logarithm
+  float* delta;      // (B, H, Q), Σ_d do·o − dlse
+  float* dlse;       // (B, H, Q) or null
+  float* dq_accum;   // fragments of dq in float32, in the order of the kernel that adds them
+  int64_t mask_kind;
+  int64_t dq_mode;
+  int64_t bfloat16;  // 1: bfloat16, 0: float16
+  int64_t causal;    // query i sees keys 0..i
+  int32_t batch;
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t q_len;
+  int32_t k_len;
+  int32_t head_dim;
+  float scale;
+  int32_t fused_delta;  // the key kernel computes delta itself
+};
+
+// Each returns a cudaError_t. kHeadDim is one of dispatch.h's and at least p.head_dim.
+template <int kHeadDim>
+int launch_flash_fwd(const FlashParams& p, cudaStream_t stream);
+template <int kHeadDim>
+int launch_flash_bwd(const FlashParams& p, cudaStream_t stream);
+
+// The keys that one block of the backward holds, and the floats of its dq workspace.
+template <int kHeadDim>
+int flash_bwd_block_keys();
+template <int kHeadDim>
+int64_t flash_bwd_workspace(const FlashParams& p);
+
+}  // namespace ldm

@@ -1,0 +1,179 @@
+// Attention forward: out = softmax(scale · q kᵀ + mask) v, and the log of the softmax's sum.
+// A block computes one tile of queries of one head. Tiles of K and V arrive in turn, K₀ V₀ K₁ V₁ …,
+// through one ring of slots, so that the next ones are under way while this one is multiplied.
+#pragma once
+#include "../mask.cuh"
+#include "../softmax.cuh"
+#include "tile.cuh"
+#include "tiles.h"
+
+namespace ldm {
+
+template <class C>
+struct KeyValueRing {
+  uint32_t base;
+  Rows k, v;
+  int steps;  // twice the number of key tiles
+  int k_len, head_dim;
+
+  LDM_DEVICE Tile<C::kPadded> slot(int step) const {
+    return {base + static_cast<uint32_t>(step % C::kSlots) * Tile<C::kPadded>::bytes(C::kBlockK)};
+  }
+  // Every step commits a group, an empty one past the end, so that waiting can count groups.
+  LDM_DEVICE void start(int step) const {
+    if (step < steps) {
+      load_tile<C::kBlockK, C::kThreads>(slot(step), step % 2 == 0 ? k : v,
+                                         step / 2 * C::kBlockK, k_len, head_dim);
+    }
+    copy_commit();
+  }
+  // The tile of this step; the slot of the step before it is free from here on and filled anew.
+  LDM_DEVICE Tile<C::kPadded> next(int step) const {
+    copy_wait<C::kSlots - 2>();
+    sync_block();
+    start(step + C::kSlots - 1);
+    return slot(step);
+  }
+};
+
+// The queries of one warp as operand A, kept in registers or read again for every key tile.
+template <class C>
+struct QueryOperand {
+  static constexpr int kSteps = C::kPadded / 16;
+  static constexpr int kKept = C::kQueryInRegisters ? kSteps : 1;
+  uint32_t kept[kKept][C::kRowTiles][4];
+  Tile<C::kPadded> tile;  // this warp's rows
+
+  LDM_DEVICE void load(Tile<C::kPadded> rows) {
+    tile = rows;
+    if constexpr (C::kQueryInRegisters) {
+      LDM_UNROLL for (int k = 0; k < kSteps; ++k) {
+        LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) load_a(kept[k][r], tile, r * 16, k * 16);
+      }
+    }
+  }
+  LDM_DEVICE void get(uint32_t (&a)[4], int r, int k) const {
+    if constexpr (C::kQueryInRegisters) {
+      LDM_UNROLL for (int i = 0; i < 4; ++i) a[i] = kept[k][r][i];
+    } else {
+      load_a(a, tile, r * 16, k * 16);
+    }
+  }
+};
+
+// s = q kᵀ
+template <typename T, class C>
+LDM_DEVICE void multiply_keys(T type, float (&s)[C::kRowTiles][C::kBlockK / 8][4],
+                              const QueryOperand<C>& query, Tile<C::kPadded> keys) {
+  LDM_UNROLL for (int k = 0; k < C::kPadded / 16; ++k) {
+    uint32_t a[C::kRowTiles][4];
+    LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) query.get(a[r], r, k);
+    LDM_UNROLL for (int n = 0; n < C::kBlockK / 16; ++n) {
+      uint32_t b[4];
+      load_b(b, keys, n * 16, k * 16);
+      LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
+        mma(type, s[r][2 * n], a[r], b[0], b[1]);
+        mma(type, s[r][2 * n + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// out += p v, columns beyond the head dim left out
+template <typename T, class C>
+LDM_DEVICE void multiply_values(T type, float (&out)[C::kRowTiles][C::kHeadDim / 8][4],
+                                const float (&p)[C::kRowTiles][C::kBlockK / 8][4],
+                                Tile<C::kPadded> values) {
+  LDM_UNROLL for (int k = 0; k < C::kBlockK / 16; ++k) {
+    uint32_t a[C::kRowTiles][4];
+    LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
+      accumulators_to_a(type, a[r], p[r][2 * k], p[r][2 * k + 1]);
+    }
+    LDM_UNROLL for (int n = 0; n < C::kPadded / 16; ++n) {
+      uint32_t b[4];
+      load_b_transposed(b, values, k * 16, n * 16);
+      LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
+        mma(type, out[r][2 * n], a[r], b[0], b[1]);
+        if (2 * n + 1 < C::kHeadDim / 8) mma(type, out[r][2 * n + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Divides by the sums, leaves the rounded output in the queries' tile, writes the LSE.
+template <typename T, class C>
+LDM_DEVICE void finish_rows(T type, float (&out)[C::kRowTiles][C::kHeadDim / 8][4],
+                            const SoftmaxRows<C::kRowTiles>& rows, Tile<C::kPadded> tile,
+                            float* lse, float scale, int row, int q_len) {
+  const int lane = thread_index() % kWarp;
+  LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
+    float inverse[2];
+    LDM_UNROLL for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(rows.sum[r][half]);
+      inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int query = row + r * 16 + lane / 4 + half * 8;
+      if (lane % 4 == 0 && query < q_len) {
+        lse[query] = sum == 0.0f ? -INFINITY : rows.max[r][half] * scale * kLn2 + natural_log(sum);
+      }
+    }
+    LDM_UNROLL for (int n = 0; n < C::kHeadDim / 8; ++n) {
+      LDM_UNROLL for (int e = 0; e < 4; ++e) out[r][n][e] *= inverse[e / 2];
+      store_accumulator(type, tile, r * 16, n * 8, out[r][n]);
+    }
+  }
+}
+
+template <typename T, class C, bool kHasMask>
+LDM_KERNEL(C::kThreads, 1) flash_fwd_kernel(LDM_PARAMS p) {
+  constexpr int kWarpRows = C::kRowTiles * 16;
+  const int q_tiles = ceil_div(p.q_len, C::kBlockQ);
+  const int64_t head_index = block_index() / q_tiles;
+  // the last queries of a causal head have the most keys: they start first
+  const int q_begin = (q_tiles - 1 - static_cast<int>(block_index() % q_tiles)) * C::kBlockQ;
+  const int batch = static_cast<int>(head_index / p.heads);
+  const int head = static_cast<int>(head_index % p.heads);
+  const int kv_head = head / (p.heads / p.kv_heads);
+  const int warp_row = thread_index() / kWarp * kWarpRows;
+  const int row = q_begin + warp_row;
+  const int key_end = key_limit(p, q_begin + C::kBlockQ - 1);
+  const int k_tiles = ceil_div(key_end, C::kBlockK);
+
+  const Tile<C::kPadded> q_tile = {shared_base()};
+  const KeyValueRing<C> ring = {q_tile.rows_from(C::kBlockQ).base,
+                                rows_of(p.k, batch, kv_head),
+                                rows_of(p.v, batch, kv_head),
+                                2 * k_tiles,
+                                p.k_len,
+                                p.head_dim};
+  load_tile<C::kBlockQ, C::kThreads>(q_tile, rows_of(p.q, batch, head), q_begin, p.q_len,
+                                     p.head_dim);
+  LDM_UNROLL for (int step = 0; step < C::kSlots - 1; ++step) ring.start(step);
+  copy_wait<C::kSlots - 2>();
+  sync_block();
+  QueryOperand<C> query;
+  query.load(q_tile.rows_from(warp_row));
+
+  // exp2 folds log2(e) into the scale; a masked score is scaled before the mask is added
+  const float scale = kHasMask ? 1.0f : p.scale * kLog2e;
+  float out[C::kRowTiles][C::kHeadDim / 8][4] = {};
+  SoftmaxRows<C::kRowTiles> softmax;
+  softmax.clear();
+  LDM_ROLLED for (int tile = 0; tile < k_tiles; ++tile) {
+    const int key = tile * C::kBlockK;
+    float s[C::kRowTiles][C::kBlockK / 8][4] = {};
+    multiply_keys(T(), s, query, ring.next(2 * tile));
+    if constexpr (kHasMask) scale_and_mask<T>(s, p, batch, head, row, key);
+    if (key + C::kBlockK > key_limit(p, row)) hide_unseen_keys(s, p, row, key);
+    online_softmax(s, out, softmax, scale);
+    multiply_values<T, C>(T(), out, s, ring.next(2 * tile + 1));
+  }
+  copy_wait<0>();
+  sync_block();
+  finish_rows<T, C>(T(), out, softmax, q_tile.rows_from(warp_row),
+                    p.lse + head_index * p.q_len, scale, row, p.q_len);
+  sync_block();
+  store_tile<C::kBlockQ, C::kThreads>(rows_of(p.o, batch, head), q_tile, q_begin, p.q_len,
+                                      p.head_dim);
+}
+
+}  // namespace ldm

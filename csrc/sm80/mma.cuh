@@ -1,0 +1,130 @@
+// The hardware, and nothing else: every instruction that plain C++ lacks, one function each.
+// tests/emulation/sm80/mma.cuh implements the same functions on the CPU; include this one as
+// <sm80/mma.cuh>, so that the search path decides.
+//
+// Fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16"), with g = lane / 4 and t = lane % 4:
+//   A (16×16): a[0] = (g, 2t..2t+1)  a[1] = (g+8, 2t..)  a[2] = (g, 2t+8..)  a[3] = (g+8, 2t+8..)
+//   B (16×8):  b0 = (2t..2t+1, g)    b1 = (2t+8.., g)
+//   C (16×8):  c[0..1] = (g, 2t..2t+1)  c[2..3] = (g+8, 2t..2t+1)
+#pragma once
+#include "../types.h"
+
+#define LDM_DEVICE __device__ __forceinline__
+#define LDM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define LDM_PARAMS const __grid_constant__ FlashParams
+#define LDM_UNROLL _Pragma("unroll")
+#define LDM_ROLLED _Pragma("unroll 1")
+
+namespace ldm {
+
+extern __shared__ __align__(128) unsigned char shared_memory[];
+
+LDM_DEVICE uint32_t shared_base() {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
+}
+LDM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+LDM_DEVICE int64_t block_index() { return blockIdx.x; }
+LDM_DEVICE void sync_block() { __syncthreads(); }
+
+// ---- arithmetic
+
+LDM_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+LDM_DEVICE float natural_log(float x) { return __logf(x); }
+LDM_DEVICE float shuffle_xor(float x, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, x, lanes);
+}
+LDM_DEVICE float to_float(Half x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+LDM_DEVICE float to_float(BFloat16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
+// Rounds to nearest even; `lo` lands in the lower half of the word.
+LDM_DEVICE uint32_t pack(Half, float lo, float hi) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(hi), "f"(lo));
+  return word;
+}
+LDM_DEVICE uint32_t pack(BFloat16, float lo, float hi) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(hi), "f"(lo));
+  return word;
+}
+
+// c += a · b
+LDM_DEVICE void mma(Half, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+LDM_DEVICE void mma(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- shared memory, by 32-bit address
+
+// Four 8×8 matrices of 16-bit elements; lanes 8i..8i+7 hold the addresses of matrix i's rows.
+// Lane l receives from each: row l/4, elements 2(l%4) and 2(l%4)+1.
+LDM_DEVICE void load_matrices(uint32_t (&m)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address));
+}
+// The same, each matrix transposed: lane l receives rows 2(l%4) and 2(l%4)+1 of column l/4.
+LDM_DEVICE void load_matrices_transposed(uint32_t (&m)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address));
+}
+LDM_DEVICE void store_shared(uint32_t address, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+LDM_DEVICE void store_shared(uint32_t address, Chunk x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.words[0]),
+               "r"(x.words[1]), "r"(x.words[2]), "r"(x.words[3])
+               : "memory");
+}
+LDM_DEVICE Chunk load_shared_chunk(uint32_t address) {
+  Chunk x;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.words[0]), "=r"(x.words[1]), "=r"(x.words[2]), "=r"(x.words[3])
+               : "r"(address)
+               : "memory");
+  return x;
+}
+LDM_DEVICE void load_shared_pair(float& x, float& y, uint32_t address) {
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x), "=f"(y) : "r"(address) : "memory");
+}
+
+// ---- global → shared without registers; zeros where the source is not valid
+
+LDM_DEVICE void copy_async_16(uint32_t address, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+LDM_DEVICE void copy_async_4(uint32_t address, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+LDM_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but this thread's latest kPending groups have arrived.
+template <int kPending>
+LDM_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+LDM_DEVICE void add_atomic(float* target, float x) { atomicAdd(target, x); }
+
+}  // namespace ldm
