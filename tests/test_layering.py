@@ -13,8 +13,10 @@ LAYERS = (
     ("attention",),
     ("diffusers_integration",),
     ("model",),
-    ("vram", "data"),
+    ("vram", "data", "metrics", "checkpoints", "process"),
+    ("runs", "evaluation", "plots"),
     ("training",),
+    ("forecasting", "progress"),
     ("cli", "panel"),
 )
 

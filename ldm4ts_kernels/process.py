@@ -1,0 +1,62 @@
+"""What a run changes in its process, as context managers that put it back: signals, Accelerate."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+
+
+@dataclass
+class StopRequest:
+    """Whether the run was asked to stop at its next step."""
+
+    requested: bool = False
+
+
+@contextmanager
+def accelerator_of_one_run(device: str, precision: str) -> Iterator[Accelerator]:
+    """Give an Accelerator for a device and a precision, and take it back afterwards.
+
+    Accelerate keeps one device and one precision a process; without the reset, a second run in
+    this process could have no other. A state that the caller set up is left alone.
+    """
+    ours = not AcceleratorState._shared_state
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            dataloader_config=DataLoaderConfiguration(non_blocking=device == "cuda"),
+        )
+        if accelerator.num_processes > 1:
+            raise RuntimeError("training runs in one process; start it without a launcher")
+        yield accelerator
+    finally:
+        if ours:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request that is met between steps; a second one is not kept
+    waiting. In a thread other than the main one, signals stay as they are."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(_signal: int, _frame: object) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    previous = {kind: signal.signal(kind, request) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)

@@ -1,0 +1,273 @@
+"""A run: its configuration, and the directory that holds it.
+
+config.json  the resolved TrainConfig        metrics.jsonl  one record a logged step
+data.json    the scaler of the training part  checkpoints/   <stage>-<step>/
+model/       the trained model                test_metrics.json
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm4ts_kernels.checkpoints import (
+    Checkpoint,
+    Position,
+    delete_unfinished,
+    find_checkpoints,
+    write_text_whole,
+)
+from ldm4ts_kernels.data import DataConfig, Scaler
+
+# What shapes the weights and the order of the data; all else may differ when a run is resumed.
+FIXED_FOR_A_RUN = (
+    "data",
+    "preset",
+    "model_fields",
+    "batch_size",
+    "seed",
+    "autoencoder_steps",
+)
+# `paper` is sized for 2 CPU cores and five minutes, `guide` for a GPU.
+PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "guide": {
+        "steps": 2000,
+        "autoencoder_steps": 500,
+        "learning_rate": 2e-4,
+        "validate_every": 500,
+        "checkpoint_every": 500,
+        "eval_windows": 256,
+        "eval_samples": 16,
+        "sampling_steps": 25,
+    },
+}
+CHOICES = {
+    "preset": tuple(PRESET_DEFAULTS),
+    "device": ("cpu", "cuda"),
+    "precision": ("fp32", "bf16"),
+    "attention_backend": ("default", "flash", "sage", "auto"),
+}
+AT_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "autoencoder_steps": 1,
+    "log_every": 1,
+    "validate_every": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "eval_windows": 1,
+    "eval_samples": 1,
+    "sampling_steps": 1,
+}
+POSITIVE = ("learning_rate", "autoencoder_learning_rate", "gradient_clip")
+
+
+class RunError(ValueError):
+    """A run's directory or configuration that does not fit the request; says what would."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of a training run; the defaults are those of preset `paper` on a CPU.
+
+    `plan` chooses by the machine. Raises RunError, naming the option, for a value out of range.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "runs/sp500"
+    resume: bool = False
+    # The model
+    preset: str = "paper"
+    model_fields: dict[str, Any] = field(default_factory=dict)  # of LDM4TSConfig, over the preset
+    attention_backend: str = "flash"
+    gradient_checkpointing: bool = False
+    # The optimisation
+    device: str = "cpu"
+    precision: str = "fp32"  # of the autocast; weights and losses are fp32
+    seed: int = 0
+    steps: int = 300
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    weight_decay: float = 1e-2
+    gradient_clip: float = 1.0
+    autoencoder_steps: int = 150
+    autoencoder_learning_rate: float = 2e-3
+    # The bookkeeping, in steps
+    log_every: int = 1
+    validate_every: int = 100
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    # The scores
+    eval_windows: int = 64
+    eval_samples: int = 8
+    sampling_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                got = getattr(self, name)
+                raise RunError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
+        for name, least in AT_LEAST.items():
+            if not getattr(self, name) >= least:
+                raise RunError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in POSITIVE:
+            if not getattr(self, name) > 0:
+                raise RunError(f"{name}: expected more than 0, got {getattr(self, name)}")
+
+
+def plan(given: dict[str, Any]) -> TrainConfig:
+    """Return a configuration of the given options, and for the others what suits the machine.
+
+    `given` maps fields of TrainConfig to values, "data" to a dict of DataConfig's fields. device
+    and precision may be "auto". With a GPU the preset is `guide`, in bf16 where the GPU has it and
+    with gradient checkpointing; without, `paper`. With "resume", options not given are those of the
+    run in "output". Raises RunError for an unknown option, a bad value or a missing GPU.
+    """
+    stored: dict[str, Any] = {}
+    if given.get("resume") and "output" not in given:
+        raise RunError("resume: name the run's directory (--output)")
+    if given.get("resume") and (Path(given["output"]) / "config.json").exists():
+        stored = _read_json(Path(given["output"]) / "config.json")
+    device = given.get("device", stored.get("device", "auto"))
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise RunError("device: torch finds no CUDA GPU here; --device cpu trains without")
+    if device == "auto":
+        device = "cuda" if gpu else "cpu"
+    on_gpu = device == "cuda"
+    data, stored_data = given.get("data", {}), stored.get("data", {})
+    if data.get("name", stored_data.get("name")) == stored_data.get("name"):
+        data = {**stored_data, **data}
+    preset = given.get("preset", stored.get("preset", "guide" if on_gpu else "paper"))
+    machine = {
+        "output": f"runs/{data.get('name', DataConfig.name)}",
+        "preset": preset,
+        "gradient_checkpointing": on_gpu,
+        "log_every": 10 if on_gpu else 1,  # reading a loss waits for the GPU
+    }
+    chosen = {**machine, **PRESET_DEFAULTS.get(preset, {}), **stored, **given}
+    bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if chosen.get("precision", "auto") == "auto":
+        chosen["precision"] = "bf16" if bf16 else "fp32"
+    return _config_from_json({**chosen, "device": device, "data": data})
+
+
+@dataclass(frozen=True)
+class Run:
+    """The directory of a run, checked for training."""
+
+    directory: Path
+    checkpoint: Checkpoint | None  # where training goes on; None: at its beginning
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def begin(self, config: TrainConfig, scaler: Scaler) -> None:
+        """Write what describes the run, and clear away what a killed process left unfinished."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for place in (self.directory, self.checkpoints):
+            delete_unfinished(place)
+        _forget_after(self.directory / "metrics.jsonl", self.checkpoint)
+        write_text_whole(self.directory / "data.json", json.dumps(asdict(scaler), indent=1))
+        write_text_whole(self.directory / "config.json", json.dumps(asdict(config), indent=1))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl."""
+        with (self.directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _config_from_json(values: dict[str, Any]) -> TrainConfig:
+    data: Any = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.get("data", {}).items()
+    }
+    for known, given, where in ((TrainConfig, values, ""), (DataConfig, data, "data.")):
+        unknown = set(given) - {entry.name for entry in fields(known)}
+        if unknown:
+            raise RunError(f"unknown option {where}{min(unknown)}")
+    return TrainConfig(**{**values, "data": DataConfig(**data)})
+
+
+def read_config(directory: str | Path) -> TrainConfig:
+    """Read the configuration of the run in directory; RunError if there is none to read."""
+    return _config_from_json(_read_json(Path(directory) / "config.json"))
+
+
+def read_scaler(directory: str | Path) -> Scaler:
+    """Read the scaler that the run in directory was trained with."""
+    values = _read_json(Path(directory) / "data.json")
+    return Scaler(tuple(values["mean"]), tuple(values["std"]))
+
+
+def open_run(config: TrainConfig, scaler: Scaler) -> Run:
+    """Check the directory config.output and return the run that it holds or will hold.
+
+    Writes nothing. Raises RunError if the directory holds a run and config.resume is off, if it is
+    something else's, or if the run was trained on other data or with another value of
+    FIXED_FOR_A_RUN.
+    """
+    directory = Path(config.output)
+    if (directory / "config.json").exists():
+        if not config.resume:
+            raise RunError(
+                f"output: {directory} holds a run; resume it (--resume) or choose another --output"
+            )
+        _check_same(read_config(directory), config, directory)
+        if read_scaler(directory) != scaler:
+            raise RunError(f"data: the table differs from the one that {directory} was trained on")
+    elif _is_foreign(directory):
+        raise RunError(f"output: {directory} exists and is no run; choose another --output")
+    found = find_checkpoints(directory / "checkpoints")
+    return Run(directory, found[-1] if found else None)
+
+
+def _is_foreign(directory: Path) -> bool:
+    """Say whether something stands at directory that a run killed at its start cannot have left."""
+    if not directory.is_dir():
+        return directory.exists()
+    names = {path.name for path in directory.iterdir()} - {"checkpoints", "data.json"}
+    return any(not name.startswith(".unfinished-") for name in names)
+
+
+def _check_same(stored: TrainConfig, config: TrainConfig, directory: Path) -> None:
+    for name in FIXED_FOR_A_RUN:
+        before, now = getattr(stored, name), getattr(config, name)
+        if name == "data":  # a file may have moved; its contents are compared by their scaler
+            before, now = replace(before, path=None), replace(now, path=None)
+        if json.dumps(before, default=asdict) != json.dumps(now, default=asdict):
+            raise RunError(
+                f"{name}: {directory} was trained with {before!r}, not {now!r}; "
+                "leave the option out, or choose another --output"
+            )
+
+
+def _forget_after(log: Path, checkpoint: Checkpoint | None) -> None:
+    """Drop the records of steps that a resumed run will do again, and a half-written last line."""
+    if not log.exists():
+        return
+    last = checkpoint.position if checkpoint else Position(0, 0)
+    lines = log.read_text().splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        if line.endswith("\n"):
+            record = json.loads(line)
+            if Position.at(record["stage"], record["step"]) <= last:
+                kept.append(line)
+    write_text_whole(log, "".join(kept))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise RunError(f"{path.parent} holds no run: {path.name} is missing")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable: {error}") from error
