@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ldm4ts_kernels.diffusers_integration import patch_unet_attention
 from ldm4ts_kernels.model.autoencoder import ImageAutoencoder
-from ldm4ts_kernels.model.checkpoint import load_weights, read_config, write_checkpoint
 from ldm4ts_kernels.model.conditioning import Conditioner, TextConditioner
 from ldm4ts_kernels.model.config import resolve_config
 from ldm4ts_kernels.model.denoiser import NoiseProcess, build_unet
+from ldm4ts_kernels.model.pretrained import load_weights, read_config, write_checkpoint
 from ldm4ts_kernels.model.temporal import (
     ForecastHead,
     GatedFusion,

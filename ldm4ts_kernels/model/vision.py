@@ -46,8 +46,9 @@ def gramian_angular_field(
     x is the series scaled to [-1, 1] per variate. Equation 3; for one variate this is pyts'
     GramianAngularField(method="summation").
     """
-    cosine = 2 * scale_to_unit(series) - 1  # (B, L, V)
-    sine = (1 - cosine.square()).clamp_min(0).sqrt()
+    unit = scale_to_unit(series)  # (B, L, V)
+    cosine = 2 * unit - 1
+    sine = 2 * (unit * (1 - unit)).sqrt()  # 1 - cosine² would cancel near ± 1
     # cos(a + b) = cos a cos b - sin a sin b: the mean over variates is two matrix products.
     field = cosine @ cosine.mT - sine @ sine.mT
     return field / series.shape[-1]
