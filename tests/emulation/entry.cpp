@@ -1,0 +1,21 @@
+// What tests/test_csrc_emulated.py calls: the launchers of one head dim, compiled for the CPU.
+#include <launch.cuh>
+
+#include "../../csrc/params.h"
+
+extern "C" {
+
+int params_bytes() { return sizeof(ldm::FlashParams); }
+
+// Returns the launcher's code; *conflicts: bank conflicts of ldmatrix; *error: what went wrong.
+int forward(const ldm::FlashParams* p, int processors, int64_t* conflicts, const char** error) {
+  emulation::machine().error.clear();
+  emulation::machine().conflicts = 0;
+  ldm::device_limits().processors = processors;
+  const int code = ldm::launch_flash_fwd<LDM_HEAD_DIM>(*p, nullptr);
+  *conflicts = emulation::machine().conflicts;
+  *error = emulation::machine().error.c_str();
+  return code;
+}
+
+}  // extern "C"

@@ -1,0 +1,163 @@
+// csrc/sm80/mma.cuh on the CPU: the same functions, the PTX ISA's layouts spelled out.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "../../../csrc/types.h"
+#include "../machine.h"
+
+#define LDM_DEVICE inline
+#define LDM_KERNEL(threads, blocks) void
+#define LDM_PARAMS const FlashParams
+#define LDM_UNROLL
+#define LDM_ROLLED
+
+namespace ldm {
+
+using emulation::machine;
+
+inline uint32_t shared_base() { return 0; }
+inline int thread_index() { return machine().thread_index(); }
+inline int64_t block_index() { return machine().block; }
+inline void sync_block() { machine().barrier(); }
+
+// ---- arithmetic
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float natural_log(float x) { return std::log(x); }
+inline float shuffle_xor(float x, int lanes) {
+  struct In {
+    float x;
+    int lanes;
+  };
+  return machine().collective<In, float>(In{x, lanes}, [](const In* in, float* out) {
+    for (int lane = 0; lane < kWarp; ++lane) out[lane] = in[lane ^ in[lane].lanes].x;
+  });
+}
+template <typename To, typename From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+inline float to_float(Half x) { return bits_as<_Float16>(x.bits); }
+inline float to_float(BFloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline uint16_t round_to(Half, float x) { return bits_as<uint16_t>(static_cast<_Float16>(x)); }
+inline uint16_t round_to(BFloat16, float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  if (x != x) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+template <typename T>
+uint32_t pack(T type, float lo, float hi) {
+  return round_to(type, lo) | static_cast<uint32_t>(round_to(type, hi)) << 16;
+}
+
+// c += a · b, each lane bringing its share of the three matrices (see csrc/sm80/mma.cuh).
+template <typename T>
+void mma(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct In {
+    float c[4];
+    uint32_t a[4], b[2];
+  };
+  struct Out {
+    float c[4];
+  };
+  const auto element = [](uint32_t word, int i) {
+    return to_float(T{static_cast<uint16_t>(word >> (16 * i))});
+  };
+  const In mine = {{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const Out out = machine().collective<In, Out>(mine, [&](const In* in, Out* outs) {
+    float left[16][16], right[16][8];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 2; ++i) {
+        left[g][2 * t + i] = element(in[lane].a[0], i);
+        left[g + 8][2 * t + i] = element(in[lane].a[1], i);
+        left[g][2 * t + 8 + i] = element(in[lane].a[2], i);
+        left[g + 8][2 * t + 8 + i] = element(in[lane].a[3], i);
+        right[2 * t + i][g] = element(in[lane].b[0], i);
+        right[2 * t + 8 + i][g] = element(in[lane].b[1], i);
+      }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        float sum = in[lane].c[e];
+        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+        outs[lane].c[e] = sum;
+      }
+    }
+  });
+  std::memcpy(c, out.c, sizeof(c));
+}
+
+// ---- shared memory
+
+struct FourMatrices {
+  uint32_t words[4];
+};
+template <bool kTransposed>
+void load_matrices_as(uint32_t (&m)[4], uint32_t address) {
+  struct In {
+    uint32_t address;
+    uint16_t row[8];
+  };
+  In mine = {address, {}};
+  machine().read(address, mine.row, 16);
+  const auto out = machine().collective<In, FourMatrices>(mine, [](const In* in, FourMatrices* o) {
+    for (int i = 0; i < 4; ++i) {
+      uint32_t addresses[8];
+      for (int r = 0; r < 8; ++r) addresses[r] = in[8 * i + r].address;
+      machine().count_conflicts(addresses);
+      for (int lane = 0; lane < kWarp; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        const auto at = [&](int j) {
+          return kTransposed ? in[8 * i + 2 * t + j].row[g] : in[8 * i + g].row[2 * t + j];
+        };
+        o[lane].words[i] = at(0) | static_cast<uint32_t>(at(1)) << 16;
+      }
+    }
+  });
+  std::memcpy(m, out.words, sizeof(m));
+}
+inline void load_matrices(uint32_t (&m)[4], uint32_t address) {
+  load_matrices_as<false>(m, address);
+}
+inline void load_matrices_transposed(uint32_t (&m)[4], uint32_t address) {
+  load_matrices_as<true>(m, address);
+}
+template <typename X>
+void store_shared(uint32_t address, X x) {
+  machine().write(address, &x, sizeof(x));
+}
+inline Chunk load_shared_chunk(uint32_t address) {
+  Chunk x = {};
+  machine().read(address, &x, 16);
+  return x;
+}
+inline void load_shared_pair(float& x, float& y, uint32_t address) {
+  float pair[2] = {};
+  machine().read(address, pair, 8);
+  x = pair[0];
+  y = pair[1];
+}
+
+// ---- global → shared
+
+inline void copy_async_16(uint32_t address, const void* source, bool valid) {
+  machine().copy_async(address, source, 16, valid);
+}
+inline void copy_async_4(uint32_t address, const void* source, bool valid) {
+  machine().copy_async(address, source, 4, valid);
+}
+inline void copy_commit() { machine().copy_commit(); }
+template <int kPending>
+void copy_wait() {
+  machine().copy_wait(kPending);
+}
+
+inline void add_atomic(float* target, float x) { *target += x; }
+
+}  // namespace ldm
