@@ -268,7 +268,9 @@ def _autocast(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Cast as SDPA is cast under autocast: floating inputs to the autocast dtype."""
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind) or query.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return query, key, value, attn_mask
+    if query.dtype == torch.float64:
         return query, key, value, attn_mask
     dtype = torch.get_autocast_dtype(kind)
     if attn_mask is not None and attn_mask.is_floating_point():

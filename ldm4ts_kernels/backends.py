@@ -198,9 +198,15 @@ def _triton_device(call: Call) -> str | None:
     # Interpreted kernels (TRITON_INTERPRET=1) also run on the CPU; tests rely on it.
     from ldm4ts_kernels.kernels import flash
 
-    if call.device.type == "cuda" or flash.INTERPRET:
+    if call.device.type in (("cuda", "cpu") if flash.INTERPRET else ("cuda",)):
         return None
     return f"needs a cuda device, got {call.device.type}"
+
+
+def _declines_interpreted(call: Call) -> str | None:
+    if call.device.type == "cuda":
+        return None
+    return "runs on the CPU in Triton's interpreter, which is for tests: ask for it by name"
 
 
 def _default_stream(call: Call) -> str | None:
@@ -327,11 +333,10 @@ TRITON = Backend(
         max_head_dim=256,
         unequal_head_dims=False,
         any_stride=False,
-        masks=frozenset(),
-        dropout=False,
         extra=(_triton_device, _no_keys, _no_queries),
     ),
     _triton,
+    declines=_declines_interpreted,
 )
 SAGEATTENTION2 = Backend(
     "sageattention2",

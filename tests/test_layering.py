@@ -7,7 +7,9 @@ PACKAGE = "ldm4ts_kernels"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
     ("reference", "kernels.primitives", "kernels.tuning"),
-    ("kernels.quantize",),
+    ("kernels.problem", "kernels.quantize"),
+    ("kernels.flash_forward",),
+    ("kernels.flash_backward",),
     ("kernels.flash", "kernels.int8", "native"),
     ("backends",),
     ("attention",),
@@ -17,7 +19,8 @@ LAYERS = (
     ("runs", "evaluation", "plots"),
     ("training",),
     ("forecasting", "progress"),
-    ("cli", "panel"),
+    ("commands", "panel"),
+    ("cli",),
 )
 
 

@@ -1,0 +1,202 @@
+"""Registers, spills and shared memory of every Triton kernel, compiled for GPUs that are not here.
+
+    python -m benchmarks.resources             # all configs × sm_80, 86, 89, 90 → results/*.csv
+    python -m benchmarks.resources --capability 90 --head-dim 64 80
+
+The launchers are run on meta tensors with recorders in place of the kernels; what they would have
+launched is compiled by Triton for each target, and `cuobjdump` reads the machine code's resources.
+"""
+
+import argparse
+import contextlib
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ldm4ts_kernels.kernels import flash_backward, flash_forward
+from ldm4ts_kernels.kernels.problem import Problem
+
+RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
+HEAD_DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
+SHARED_LIMIT_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel takes: registers a thread, spilled bytes a thread, shared bytes."""
+
+    kernel: str
+    capability: str
+    dtype: str
+    head_dim: int
+    key_length: int
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled_bytes: int
+    shared_kib: float
+    shared_limit_kib: int
+
+
+class _Recorder:
+    """Stands where a kernel stood and keeps the arguments of its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+
+
+def record_launches(problem: Problem) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Yield (kernel, args, kwargs) of each launch of a forward and backward of `problem`."""
+
+    def rows(heads: int, length: int) -> torch.Tensor:
+        shape = (problem.batch, heads, length, problem.head_dim)
+        return torch.empty(shape, dtype=problem.dtype, device="meta")
+
+    query = rows(problem.heads, problem.query_length)
+    key = rows(problem.kv_heads, problem.key_length)
+    lse = torch.empty(query.shape[:3], device="meta")
+    recorders = []
+    with contextlib.ExitStack() as patches:
+        for module in (flash_forward, flash_backward):
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel") and isinstance(kernel, triton.runtime.JITFunction):
+                    recorders.append(_Recorder(kernel))
+                    patches.enter_context(mock.patch.object(module, name, recorders[-1]))
+        flash_forward.flash_forward(problem, query, key, key, None, None, query, lse)
+        flash_backward.flash_backward(
+            problem, query, key, key, None, None, query, lse, query, None, query, key, key, None
+        )
+    for recorder in recorders:
+        for args, kwargs in recorder.launches:
+            yield recorder.kernel, args, kwargs
+
+
+def compile_launch(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: tuple[int, int]
+) -> Any:
+    """Compile one launch for a GPU of `capability`, specialised as Triton would specialise it."""
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: value for name, value in kwargs.items() if name not in options}
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[index,] = [["tt.divisibility", 16]]
+        elif kernel.params[index].is_constexpr or value is None or value == 1:
+            signature[name] = "constexpr"
+            constants[index,] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def read_resources(compiled: Any) -> tuple[int, int]:
+    """Return registers and spilled bytes a thread, read from the machine code."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        report = subprocess.run(
+            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers = int(re.search(r"REG:(\d+)", report)[1])
+    return registers, int(re.search(r"STACK:(\d+)", report)[1])
+
+
+def measure(problem: Problem, capability: tuple[int, int]) -> Iterator[Resources]:
+    """Yield the resources of each kernel that a forward and backward of `problem` launches."""
+    for kernel, args, kwargs in record_launches(problem._replace(capability=capability)):
+        compiled = compile_launch(kernel, args, kwargs, capability)
+        registers, spilled = read_resources(compiled)
+        yield Resources(
+            kernel=kernel.__name__.strip("_"),
+            capability=f"sm_{capability[0]}{capability[1]}",
+            dtype=DTYPES[problem.dtype],
+            head_dim=problem.head_dim,
+            key_length=problem.key_length,
+            block_q=kwargs.get("BLOCK_Q", 0),
+            block_k=kwargs.get("BLOCK_K", 0),
+            num_warps=kwargs["num_warps"],
+            num_stages=kwargs.get("num_stages", 0),
+            registers=registers,
+            spilled_bytes=spilled,
+            shared_kib=compiled.metadata.shared / 1024,
+            shared_limit_kib=SHARED_LIMIT_KIB[capability],
+        )
+
+
+def problem_of(head_dim: int, key_length: int, dtype: torch.dtype = torch.bfloat16) -> Problem:
+    """Return the benchmarks' typical problem of a head dim: self-attention, 4 × 8 heads."""
+    return Problem(
+        batch=4,
+        heads=8,
+        kv_heads=8,
+        query_length=4096 if key_length > 256 else 784,
+        key_length=key_length,
+        head_dim=head_dim,
+        dtype=dtype,
+        scale=head_dim**-0.5,
+    )
+
+
+def main() -> None:
+    """Compile every config for every target, print the table and write it as CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", nargs="*", default=["80", "86", "89", "90"])
+    parser.add_argument("--head-dim", nargs="*", type=int, default=HEAD_DIMS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows = []
+    print(*Resources._fields)
+    for capability in [(int(name[:-1]), int(name[-1])) for name in options.capability]:
+        for head_dim in options.head_dim:
+            problems = [problem_of(head_dim, key_length) for key_length in (77, 4096)]
+            problems += [problem_of(head_dim, 4096, torch.float32)]
+            for row in (row for problem in problems for row in measure(problem, capability)):
+                rows.append(row)
+                print(*row, flush=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["triton", *Resources._fields])
+        writer.writerows([triton.__version__, *row] for row in rows)
+    over = [row for row in rows if row.shared_kib > row.shared_limit_kib]
+    if over:
+        sys.exit(f"over the target's shared memory: {over}")
+
+
+if __name__ == "__main__":
+    main()

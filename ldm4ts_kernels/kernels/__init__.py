@@ -1,0 +1,1 @@
+"""Triton attention kernels. They import torch, triton and each other, nothing else."""

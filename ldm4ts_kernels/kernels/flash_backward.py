@@ -1,0 +1,328 @@
+"""Exact attention, backward: dQ, dK, dV and a mask's gradient from the forward's output and LSE.
+
+With P = exp(S - LSE), dP = dO Vᵀ and delta = rowsum(dO ∘ O) - dLSE:
+    dS = P ∘ (dP - delta),  dQ = scale · dS K,  dK = scale · dSᵀ Q,  dV = Pᵀ dO
+(FlashAttention-2, arXiv 2307.08691, section 3.1). Each gradient is summed by one program in a fixed
+order, so the result is the same in every run: no atomics. Where the keys of a head fit one block,
+one launch computes all three gradients; else dK and dV are summed over queries by one kernel and
+dQ over keys by another.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldm4ts_kernels.kernels.flash_forward import key_range
+from ldm4ts_kernels.kernels.primitives import (
+    INFINITY,
+    LOG2_E,
+    accumulate,
+    contract,
+    keep_weights,
+    load_parts,
+    masked_scores,
+    row_dot,
+    scale_parts,
+    store_parts,
+    zero_parts,
+)
+from ldm4ts_kernels.kernels.problem import Problem
+from ldm4ts_kernels.kernels.tuning import fits_one_block
+
+
+@triton.jit
+def _delta_kernel(
+    o_ptr, do_ptr, dlse_ptr, delta_ptr, stride_ob, stride_oh, stride_on,
+    stride_dob, stride_doh, stride_don, H, Q,
+    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, HAS_DLSE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Q, BLOCK_Q)
+    first_row = (tl.program_id(0) % blocks) * BLOCK_Q
+    head_index = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = head_index // H, head_index % H
+    o_ptr += batch * stride_ob + head * stride_oh
+    do_ptr += batch * stride_dob + head * stride_doh
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    o = load_parts(o_ptr, first_row, stride_on, Q, BLOCK_Q, PART_0, PART_1, D, True)
+    do = load_parts(do_ptr, first_row, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, True)
+    delta = row_dot(o, do, PART_1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
+    tl.store(delta_ptr + head_index * Q + rows, delta, mask=rows < Q)
+
+
+@triton.jit
+def _load_lse(lse_ptr, rows, Q):
+    """Load LSE rows in units of log 2; +inf, which makes P zero, for rows that see no key."""
+    lse = tl.load(lse_ptr + rows, mask=rows < Q, other=-INFINITY)
+    return tl.where(lse == -INFINITY, INFINITY, lse * LOG2_E)
+
+
+@triton.jit
+def _weights_and_score_gradient(
+    product, dp, lse, delta, rows, columns, head_index, mask_ptr, stride_mq, stride_mk, seed_ptr,
+    Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
+    MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr, SCALED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Return P after dropout and dS of one tile; all operands broadcast to it, either way round."""
+    scores, capped = masked_scores(
+        product, rows, columns, mask_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left,
+        right, MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, CHECK,
+    )  # fmt: skip
+    p = tl.exp2(scores * unit - lse)
+    dropped = p
+    if HAS_DROPOUT:
+        keep = keep_weights(seed_ptr, head_index, rows, columns, dropout_p)
+        kept = 1.0 / (1.0 - dropout_p)
+        dropped = tl.where(keep, p * kept, 0.0)
+        dp = tl.where(keep, dp * kept, 0.0)
+    ds = p * (dp - delta)
+    return dropped, ds, capped
+
+
+@triton.jit
+def _flash_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, mask_ptr, seed_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dmask_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+    stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
+    stride_dks, stride_dkb, stride_dkh, stride_dkn, stride_dvs, stride_dvb, stride_dvh, stride_dvn,
+    stride_mb, stride_mh, stride_mq, stride_mk,
+    H, groups, Q, K, scale, unit, dropout_p, cap, diagonal, left, right, rows_a_split,
+    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
+    SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DMASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum dK and dV of one block of keys over the queries of one split; with ONE_BLOCK also dQ."""
+    blocks = tl.cdiv(K, BLOCK_K)
+    first_key = (tl.program_id(0) % blocks) * BLOCK_K
+    kv_heads = H // groups
+    batch = (tl.program_id(0) // blocks // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) // blocks % kv_heads).to(tl.int64)
+    split = tl.program_id(1)
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    dk_ptr += split.to(tl.int64) * stride_dks + batch * stride_dkb + kv_head * stride_dkh
+    dv_ptr += split.to(tl.int64) * stride_dvs + batch * stride_dvb + kv_head * stride_dvh
+
+    columns = first_key + tl.arange(0, BLOCK_K)[:, None]  # the tile lies keys down, queries across
+    k = load_parts(k_ptr, first_key, stride_kn, K, BLOCK_K, PART_0, PART_1, D, True)
+    v = load_parts(v_ptr, first_key, stride_vn, K, BLOCK_K, PART_0, PART_1, D, True)
+    dk = zero_parts(BLOCK_K, PART_0, PART_1)
+    dv = zero_parts(BLOCK_K, PART_0, PART_1)
+    low = split * rows_a_split
+    high = tl.minimum(Q, low + rows_a_split)
+    if not ONE_BLOCK:  # which writes every row of dQ, so it visits them all
+        if HAS_RIGHT:
+            low = tl.maximum(low, (first_key - diagonal - right) // BLOCK_Q * BLOCK_Q)
+        if HAS_LEFT:
+            high = tl.minimum(high, first_key + BLOCK_K - diagonal + left)
+    for member in range(0, groups):
+        head = kv_head * groups + member
+        head_index = batch * H + head
+        mask_head_ptr = mask_ptr
+        if MASK > 0:
+            mask_head_ptr = mask_ptr + batch * stride_mb + head * stride_mh
+        for start in range(low, high, BLOCK_Q):
+            rows = start + tl.arange(0, BLOCK_Q)
+            q = load_parts(
+                q_ptr + batch * stride_qb + head * stride_qh, start, stride_qn, Q,
+                BLOCK_Q, PART_0, PART_1, D, True,
+            )  # fmt: skip
+            do = load_parts(
+                do_ptr + batch * stride_dob + head * stride_doh, start, stride_don, Q,
+                BLOCK_Q, PART_0, PART_1, D, True,
+            )  # fmt: skip
+            if ONE_BLOCK:
+                o = load_parts(
+                    o_ptr + batch * stride_ob + head * stride_oh, start, stride_on, Q,
+                    BLOCK_Q, PART_0, PART_1, D, True,
+                )  # fmt: skip
+                delta = row_dot(o, do, PART_1)
+                if HAS_DLSE:
+                    delta -= tl.load(dlse_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
+            else:
+                delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
+            p, ds, capped = _weights_and_score_gradient(
+                contract(k, q, PART_1, PRECISION), contract(v, do, PART_1, PRECISION),
+                _load_lse(lse_ptr + head_index * Q, rows, Q)[None, :], delta[None, :],
+                rows[None, :], columns, head_index,
+                mask_head_ptr, stride_mq, stride_mk, seed_ptr,
+                Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
+                MASK, HAS_DROPOUT, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT,
+                ONE_BLOCK or HAS_LEFT or HAS_RIGHT,
+            )  # fmt: skip
+            dv = accumulate(dv, p, do, PART_1, PRECISION)
+            if ONE_BLOCK and HAS_DMASK:
+                _store_dmask(dmask_ptr + head_index * Q * K, rows[None, :], columns, Q, K, ds)
+            if HAS_CAP:
+                ds *= 1.0 - (capped / cap) * (capped / cap)
+            dk = accumulate(dk, ds, q, PART_1, PRECISION)
+            if ONE_BLOCK:
+                dq = accumulate(
+                    zero_parts(BLOCK_Q, PART_0, PART_1), tl.trans(ds), k, PART_1, PRECISION
+                )
+                store_parts(
+                    dq_ptr + batch * stride_dqb + head * stride_dqh, start, stride_dqn, Q,
+                    scale_parts(dq, scale, PART_1), BLOCK_Q, PART_0, PART_1, D,
+                )  # fmt: skip
+    dk = scale_parts(dk, scale, PART_1)
+    store_parts(dk_ptr, first_key, stride_dkn, K, dk, BLOCK_K, PART_0, PART_1, D)
+    store_parts(dv_ptr, first_key, stride_dvn, K, dv, BLOCK_K, PART_0, PART_1, D)
+
+
+@triton.jit
+def _store_dmask(dmask_ptr, rows, columns, Q, K, ds):
+    offsets = rows.to(tl.int64) * K + columns
+    tl.store(dmask_ptr + offsets, ds, mask=(rows < Q) & (columns < K))
+
+
+@triton.jit
+def _flash_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr, seed_ptr, dq_ptr, dmask_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
+    stride_dqb, stride_dqh, stride_dqn, stride_mb, stride_mh, stride_mq, stride_mk,
+    H, groups, Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
+    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
+    SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_DMASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum dQ of one block of queries over the keys that they attend."""
+    blocks = tl.cdiv(Q, BLOCK_Q)
+    first_row = (tl.program_id(0) % blocks) * BLOCK_Q
+    head_index = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = head_index // H, head_index % H
+    k_ptr += batch * stride_kb + (head // groups) * stride_kh
+    v_ptr += batch * stride_vb + (head // groups) * stride_vh
+    q_ptr += batch * stride_qb + head * stride_qh
+    do_ptr += batch * stride_dob + head * stride_doh
+    if MASK > 0:
+        mask_ptr += batch * stride_mb + head * stride_mh
+
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    q = load_parts(q_ptr, first_row, stride_qn, Q, BLOCK_Q, PART_0, PART_1, D, True)
+    do = load_parts(do_ptr, first_row, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, True)
+    lse = _load_lse(lse_ptr + head_index * Q, rows, Q)[:, None]
+    delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)[:, None]
+    dq = zero_parts(BLOCK_Q, PART_0, PART_1)
+    low, whole, high = key_range(
+        first_row, Q, K, diagonal, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
+    )
+    for CHECK in tl.static_range(2):
+        begin = whole if CHECK == 1 else low
+        end = high if CHECK == 1 else whole
+        for start in range(begin, end, BLOCK_K):
+            columns = start + tl.arange(0, BLOCK_K)
+            k = load_parts(k_ptr, start, stride_kn, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1)
+            v = load_parts(v_ptr, start, stride_vn, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1)
+            _, ds, capped = _weights_and_score_gradient(
+                contract(q, k, PART_1, PRECISION), contract(do, v, PART_1, PRECISION), lse, delta,
+                rows[:, None], columns[None, :], head_index, mask_ptr, stride_mq, stride_mk,
+                seed_ptr, Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
+                MASK, HAS_DROPOUT, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, CHECK == 1,
+            )  # fmt: skip
+            if HAS_DMASK:
+                _store_dmask(
+                    dmask_ptr + head_index * Q * K, rows[:, None], columns[None, :], Q, K, ds
+                )
+            if HAS_CAP:
+                ds *= 1.0 - (capped / cap) * (capped / cap)
+            dq = accumulate(dq, ds, k, PART_1, PRECISION)
+    dq = scale_parts(dq, scale, PART_1)
+    store_parts(
+        dq_ptr + batch * stride_dqb + head * stride_dqh, first_row, stride_dqn, Q, dq,
+        BLOCK_Q, PART_0, PART_1, D,
+    )  # fmt: skip
+
+
+def flash_backward(
+    problem: Problem,
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, G, K, D)
+    value: Tensor,  # (B, G, K, D)
+    attn_mask: Tensor | None,  # (B, H, Q, K), broadcast by strides
+    seed: Tensor | None,  # (1,) int64
+    out: Tensor,  # (B, H, Q, D)
+    lse: Tensor,  # (B, H, Q) float32
+    dout: Tensor,  # (B, H, Q, D)
+    dlse: Tensor | None,  # (B, H, Q) float32
+    dq: Tensor,  # (B, H, Q, D)
+    dk: Tensor,  # (B, G, K, D)
+    dv: Tensor,  # (B, G, K, D)
+    dmask: Tensor | None,  # (B, H, Q, K) float32, zeroed, contiguous
+) -> None:
+    """Launch the backward kernels into `dq`, `dk`, `dv` and, where given, `dmask`."""
+    one_block = fits_one_block(problem.head_dim, problem.dtype.itemsize, problem.key_length)
+    mask_strides = attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)
+    flags = problem.flags()
+    delta = None
+    if not one_block:
+        delta = torch.empty_like(lse)
+        _launch_delta(problem, out, dout, dlse, delta)
+    config = problem.config("one_block" if one_block else "key_gradient")
+    heads = problem.batch * problem.kv_heads
+    splits, rows_a_split = _split_queries(problem, config.block_q, config.block_k)
+    dk_parts, dv_parts = dk[None], dv[None]
+    if splits > 1:
+        dk_parts, dv_parts = torch.empty(
+            (2, splits, *dk.shape), dtype=torch.float32, device=dk.device
+        )
+    grid = (triton.cdiv(problem.key_length, config.block_k) * heads, splits)
+    _flash_dkdv_kernel[grid](
+        query, key, value, out, dout, lse, dlse, delta, attn_mask, seed,
+        dq, dk_parts, dv_parts, dmask,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *dout.stride()[:3], *dq.stride()[:3], *dk_parts.stride()[:4], *dv_parts.stride()[:4],
+        *mask_strides, *problem.numbers(), rows_a_split, **flags,
+        BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+        ONE_BLOCK=one_block, HAS_DLSE=dlse is not None, HAS_DMASK=dmask is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        dk.copy_(dk_parts.sum(0))
+        dv.copy_(dv_parts.sum(0))
+    if one_block:
+        return
+    config = problem.config("query_gradient")
+    grid = (triton.cdiv(problem.query_length, config.block_q) * problem.batch * problem.heads,)
+    _flash_dq_kernel[grid](
+        query, key, value, dout, lse, delta, attn_mask, seed, dq, dmask,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3],
+        *dq.stride()[:3], *mask_strides, *problem.numbers(), **flags,
+        BLOCK_Q=config.block_q, BLOCK_K=config.block_k, HAS_DMASK=dmask is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _launch_delta(
+    problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor
+) -> None:
+    flags = problem.flags()
+    grid = (triton.cdiv(problem.query_length, 64) * problem.batch * problem.heads,)
+    _delta_kernel[grid](
+        out, dout, dlse, delta, *out.stride()[:3], *dout.stride()[:3],
+        problem.heads, problem.query_length,
+        D=flags["D"], PART_0=flags["PART_0"], PART_1=flags["PART_1"],
+        HAS_DLSE=dlse is not None, BLOCK_Q=64, num_warps=4,
+    )  # fmt: skip
+
+
+def _split_queries(problem: Problem, block_q: int, block_k: int) -> tuple[int, int]:
+    """Return into how many parts, of how many rows, a key block's queries are split to fill a GPU.
+
+    Short keys make few programs (77 keys and 32 heads: 32 on 132 multiprocessors); each split then
+    sums its share into float32, and the shares are added in a fixed order.
+    """
+    programs = triton.cdiv(problem.key_length, block_k) * problem.batch * problem.kv_heads
+    blocks = triton.cdiv(problem.query_length, block_q)
+    splits = max(1, min(256 // programs, blocks // 4))
+    rows_a_split = triton.cdiv(blocks, splits) * block_q
+    return triton.cdiv(problem.query_length, rows_a_split), rows_a_split

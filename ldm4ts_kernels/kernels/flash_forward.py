@@ -1,0 +1,141 @@
+"""Exact attention, forward: softmax(scale · Q Kᵀ + mask) V and its LSE; scores stay on chip.
+
+One program owns a block of queries and walks over the keys it may attend, with the online softmax
+of Milakov & Gimelshein (arXiv 1805.02867) as FlashAttention-2 orders it (arXiv 2307.08691).
+Scores stay in natural units; `unit` turns a score into an exponent of 2, so that the exponent is
+one FMA.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldm4ts_kernels.kernels.primitives import (
+    INFINITY,
+    LN_2,
+    accumulate,
+    contract,
+    keep_weights,
+    load_parts,
+    masked_scores,
+    scale_parts,
+    store_parts,
+    zero_parts,
+)
+from ldm4ts_kernels.kernels.problem import Problem
+
+
+@triton.jit
+def key_range(
+    first_row, Q, K, diagonal, left, right, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Return the first key a block of queries may attend, where checks begin, and the end."""
+    low = K * 0
+    high = K
+    whole = (K // BLOCK_K) * BLOCK_K  # every query of the block sees every key below
+    if HAS_RIGHT:
+        high = tl.maximum(tl.minimum(K, first_row + BLOCK_Q + diagonal + right), 0)
+        seen = tl.maximum(tl.minimum(K, first_row + 1 + diagonal + right), 0)
+        whole = (seen // BLOCK_K) * BLOCK_K
+    if HAS_LEFT:
+        low = tl.maximum(first_row + diagonal - left, 0) // BLOCK_K * BLOCK_K
+        whole = low
+    return low, tl.minimum(whole, high), high
+
+
+@triton.jit
+def _flash_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, o_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+    stride_mb, stride_mh, stride_mq, stride_mk,
+    H, groups, Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
+    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_CAP: tl.constexpr, SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Q, BLOCK_Q)
+    first_row = (tl.program_id(0) % blocks) * BLOCK_Q
+    head_index = tl.program_id(0) // blocks  # of B · H
+    batch, head = (head_index // H).to(tl.int64), (head_index % H).to(tl.int64)
+    q_ptr += batch * stride_qb + head * stride_qh
+    k_ptr += batch * stride_kb + (head // groups) * stride_kh
+    v_ptr += batch * stride_vb + (head // groups) * stride_vh
+    o_ptr += batch * stride_ob + head * stride_oh
+    if MASK > 0:
+        mask_ptr += batch * stride_mb + head * stride_mh
+
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    q = load_parts(q_ptr, first_row, stride_qn, Q, BLOCK_Q, PART_0, PART_1, D, True)
+    total = zero_parts(BLOCK_Q, PART_0, PART_1)
+    row_max = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    low, whole, high = key_range(
+        first_row, Q, K, diagonal, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
+    )
+    # A row may see no key at all, or none in its first blocks: then -inf must not meet -inf.
+    MAY_BE_EMPTY: tl.constexpr = (MASK > 0) or HAS_LEFT or HAS_RIGHT
+    for CHECK in tl.static_range(2):
+        begin = whole if CHECK == 1 else low
+        end = high if CHECK == 1 else whole
+        for start in range(begin, end, BLOCK_K):
+            columns = start + tl.arange(0, BLOCK_K)
+            k = load_parts(k_ptr, start, stride_kn, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1)
+            scores, _ = masked_scores(
+                contract(q, k, PART_1, PRECISION), rows[:, None], columns[None, :],
+                mask_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left, right,
+                MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, CHECK == 1,
+            )  # fmt: skip
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            shift = new_max * unit
+            if MAY_BE_EMPTY:
+                shift = tl.where(new_max == -INFINITY, 0.0, shift)
+            weights = tl.exp2(scores * unit - shift[:, None])
+            if ONE_BLOCK:
+                row_sum = tl.sum(weights, 1)
+            else:
+                rescale = tl.exp2(row_max * unit - shift)
+                row_sum = row_sum * rescale + tl.sum(weights, 1)
+                total = scale_parts(total, rescale[:, None], PART_1)
+            if HAS_DROPOUT:
+                keep = keep_weights(
+                    seed_ptr, head_index, rows[:, None], columns[None, :], dropout_p
+                )
+                weights = tl.where(keep, weights, 0.0)
+            v = load_parts(v_ptr, start, stride_vn, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1)
+            total = accumulate(total, weights, v, PART_1, PRECISION)
+            row_max = new_max
+
+    divisor = tl.where(row_sum == 0.0, 1.0, row_sum) * (1.0 - dropout_p)
+    total = scale_parts(total, (1.0 / divisor)[:, None], PART_1)
+    store_parts(o_ptr, first_row, stride_on, Q, total, BLOCK_Q, PART_0, PART_1, D)
+    lse = row_max * (unit * LN_2) + tl.log2(row_sum) * LN_2  # -inf for a row that sees no key
+    lse = tl.where(row_max == -INFINITY, -INFINITY, lse)
+    tl.store(lse_ptr + head_index.to(tl.int64) * Q + rows, lse, mask=rows < Q)
+
+
+def flash_forward(
+    problem: Problem,
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, G, K, D)
+    value: Tensor,  # (B, G, K, D)
+    attn_mask: Tensor | None,  # (B, H, Q, K), broadcast by strides
+    seed: Tensor | None,  # (1,) int64
+    out: Tensor,  # (B, H, Q, D)
+    lse: Tensor,  # (B, H, Q) float32, contiguous
+) -> None:
+    """Launch the forward kernel into `out` and `lse`."""
+    config = problem.config("forward")
+    grid = (triton.cdiv(problem.query_length, config.block_q) * problem.batch * problem.heads,)
+    _flash_fwd_kernel[grid](
+        query, key, value, attn_mask, seed, out, lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *(attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)),
+        *problem.numbers(),
+        **problem.flags(),
+        BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+        ONE_BLOCK=problem.key_length <= config.block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

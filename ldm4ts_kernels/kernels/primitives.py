@@ -1,0 +1,180 @@
+"""The verbs of the attention kernels: load and store tiles, contract head dims, mask, soften, drop.
+
+A head dim that is no power of two is cut into two that are (40 → 32 + 16, 160 → 128 + 32), so
+that no work goes into padding up to the next one. A `parts` argument is a tuple of one or two
+tiles, (rows, PART_0) and (rows, PART_1); what lies outside the matrix is loaded as 0 and not
+stored.
+
+An `else` stands after each compile-time `return`: Triton compiles what follows an `if` without one.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def tile_pointers(ptr, start, stride, BLOCK: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr):
+    # 64-bit row offsets: a tensor may hold more than 2^31 elements.
+    rows = tl.arange(0, BLOCK).to(tl.int64) + start
+    return ptr + rows[:, None] * stride + (FIRST + tl.arange(0, PART))[None, :]
+
+
+@triton.jit
+def tile_bounds(
+    start, length, BLOCK: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr, D: tl.constexpr
+):
+    inside = (start + tl.arange(0, BLOCK) < length)[:, None]
+    if FIRST + PART > D:
+        inside = inside & (FIRST + tl.arange(0, PART) < D)[None, :]
+    return inside
+
+
+@triton.jit
+def load_part(
+    ptr, start, stride, length, BLOCK: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr,
+    D: tl.constexpr, CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
+    pointers = tile_pointers(ptr, start, stride, BLOCK, FIRST, PART)
+    if CHECK_ROWS:
+        return tl.load(pointers, mask=tile_bounds(start, length, BLOCK, FIRST, PART, D), other=0.0)
+    if FIRST + PART > D:
+        columns = FIRST + tl.arange(0, PART)
+        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def load_parts(
+    ptr, start, stride, length, BLOCK: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
+    D: tl.constexpr, CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Load rows start … start + BLOCK of a (length, D) matrix with unit column stride."""
+    first = load_part(ptr, start, stride, length, BLOCK, 0, PART_0, D, CHECK_ROWS)
+    if PART_1 == 0:
+        return (first,)
+    else:
+        second = load_part(ptr, start, stride, length, BLOCK, PART_0, PART_1, D, CHECK_ROWS)
+        return (first, second)
+
+
+@triton.jit
+def store_parts(
+    ptr, start, stride, length, parts, BLOCK: tl.constexpr, PART_0: tl.constexpr,
+    PART_1: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    pointers = tile_pointers(ptr, start, stride, BLOCK, 0, PART_0)
+    inside = tile_bounds(start, length, BLOCK, 0, PART_0, D)
+    tl.store(pointers, parts[0].to(ptr.dtype.element_ty), mask=inside)
+    if PART_1 > 0:
+        pointers = tile_pointers(ptr, start, stride, BLOCK, PART_0, PART_1)
+        inside = tile_bounds(start, length, BLOCK, PART_0, PART_1, D)
+        tl.store(pointers, parts[1].to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def zero_parts(ROWS: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr):
+    if PART_1 == 0:
+        return (tl.zeros((ROWS, PART_0), tl.float32),)
+    else:
+        return (tl.zeros((ROWS, PART_0), tl.float32), tl.zeros((ROWS, PART_1), tl.float32))
+
+
+@triton.jit
+def scale_parts(parts, factor, PART_1: tl.constexpr):
+    if PART_1 == 0:
+        return (parts[0] * factor,)
+    else:
+        return (parts[0] * factor, parts[1] * factor)
+
+
+@triton.jit
+def contract(left, right, PART_1: tl.constexpr, PRECISION: tl.constexpr):
+    """Return left @ rightᵀ over the head dim: (ROWS, D), (COLUMNS, D) → (ROWS, COLUMNS) float32."""
+    product = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
+    if PART_1 > 0:
+        product = tl.dot(left[1], tl.trans(right[1]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def accumulate(total, weights, parts, PART_1: tl.constexpr, PRECISION: tl.constexpr):
+    """Return total + weights @ parts: (ROWS, N), (N, D) → (ROWS, D) float32."""
+    weights = weights.to(parts[0].dtype)
+    first = tl.dot(weights, parts[0], total[0], input_precision=PRECISION)
+    if PART_1 == 0:
+        return (first,)
+    else:
+        return (first, tl.dot(weights, parts[1], total[1], input_precision=PRECISION))
+
+
+@triton.jit
+def row_dot(left, right, PART_1: tl.constexpr):
+    """Return the inner product of each row pair in float32: (ROWS,)."""
+    product = tl.sum(left[0].to(tl.float32) * right[0].to(tl.float32), 1)
+    if PART_1 > 0:
+        product += tl.sum(left[1].to(tl.float32) * right[1].to(tl.float32), 1)
+    return product
+
+
+@triton.jit
+def visible_keys(
+    rows, columns, K, diagonal, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):
+    """Return which keys each query may attend by position; rows and columns broadcast to a tile."""
+    visible = columns < K
+    if HAS_RIGHT:
+        visible = visible & (columns <= rows + (diagonal + right))
+    if HAS_LEFT:
+        visible = visible & (columns >= rows + (diagonal - left))
+    return visible
+
+
+@triton.jit
+def masked_scores(
+    product, rows, columns, mask_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left, right,
+    MASK: tl.constexpr, HAS_CAP: tl.constexpr, SCALED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Turn Q Kᵀ into scores, -inf where a key may not be attended; return them unmasked, too.
+
+    MASK is 0 for none, 1 for a boolean one, 2 for one that is added. Unless SCALED, the scores keep
+    the scale of the product, and the exponent's unit carries it. `rows` and `columns` broadcast to
+    the tile, so it may lie either way round.
+    """
+    scores = product
+    if SCALED:
+        scores = scores * scale
+    if HAS_CAP:
+        scores = soft_cap(scores, cap)
+    capped = scores
+    if MASK > 0:
+        pointers = mask_ptr + (rows.to(tl.int64) * stride_mq + columns.to(tl.int64) * stride_mk)
+        mask = tl.load(pointers, mask=(rows < Q) & (columns < K), other=0)
+        if MASK == 1:
+            scores = tl.where(mask != 0, scores, -INFINITY)
+        else:
+            scores = scores + mask.to(tl.float32)
+    if CHECK:
+        visible = visible_keys(rows, columns, K, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
+        scores = tl.where(visible, scores, -INFINITY)
+    return scores, capped
+
+
+@triton.jit
+def keep_weights(seed_ptr, head, rows, columns, dropout_p):
+    """Draw which attention weights dropout keeps; the same for the same seed and position."""
+    key = (columns + rows * 0).to(tl.uint32)
+    query = (rows + columns * 0).to(tl.uint32)
+    zero = query * 0
+    bits, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, zero + head.to(tl.uint32), zero)
+    return tl.uint_to_uniform_float(bits) >= dropout_p
+
+
+@triton.jit
+def soft_cap(scores, cap):
+    """Return cap * tanh(scores / cap)."""
+    return cap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E) / cap) + 1.0))

@@ -1,0 +1,75 @@
+"""One attention problem as the launchers see it: shapes, options, and the flags that follow."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ldm4ts_kernels.kernels.tuning import Config, choose, split_head_dim
+
+
+class Problem(NamedTuple):
+    """The shape and options of one attention call; hashable, no data.
+
+    window: keys to the left and right of the diagonal that a query attends; None is unbounded.
+    bottom_right: the diagonal ends at the last query and key instead of starting at the first.
+    mask: 0 for none, 1 for a boolean one, 2 for one that is added to the scores.
+    capability: of the GPU the kernels are tuned for.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    query_length: int
+    key_length: int
+    head_dim: int
+    dtype: torch.dtype
+    scale: float
+    capability: tuple[int, int] = (9, 0)
+    mask: int = 0
+    dropout_p: float = 0.0
+    softcap: float | None = None
+    window: tuple[int | None, int | None] = (None, None)
+    bottom_right: bool = False
+
+    @property
+    def scaled(self) -> bool:
+        """Whether scores must be scaled before the exponent, rather than by its unit."""
+        return self.mask == 2 or self.softcap is not None or self.scale <= 0.0
+
+    def config(self, stage: str) -> Config:
+        return choose(stage, self.head_dim, self.dtype.itemsize, self.key_length, self.capability)
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the kernels' run-time numbers, in their order: from H to right."""
+        left, right = self.window
+        return (
+            self.heads,
+            self.heads // self.kv_heads,
+            self.query_length,
+            self.key_length,
+            self.scale,
+            math.log2(math.e) * (1.0 if self.scaled else self.scale),
+            self.dropout_p,
+            1.0 if self.softcap is None else self.softcap,
+            self.key_length - self.query_length if self.bottom_right else 0,
+            left or 0,
+            right or 0,
+        )
+
+    def flags(self) -> dict[str, int | bool | str]:
+        """Return the kernels' compile-time flags."""
+        part_0, part_1 = split_head_dim(self.head_dim)
+        return {
+            "D": self.head_dim,
+            "PART_0": part_0,
+            "PART_1": part_1,
+            "MASK": self.mask,
+            "HAS_DROPOUT": self.dropout_p > 0.0,
+            "HAS_CAP": self.softcap is not None,
+            "SCALED": self.scaled,
+            "HAS_LEFT": self.window[0] is not None,
+            "HAS_RIGHT": self.window[1] is not None,
+            # float32 inputs keep float32 accuracy: three tf32 products instead of one.
+            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
+        }

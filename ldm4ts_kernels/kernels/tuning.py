@@ -1,0 +1,85 @@
+"""Every tile of the Triton kernels: one row a (pass, head dim), by the GPU's shared memory.
+
+`choose` is a pure function of the shape class, so that a launch costs one cached look-up.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import triton
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The tile of one launch: queries and keys a block, warps a block, loads in flight."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Shared memory a block may use: sm_80 163 KiB, sm_86/89/120 99 KiB, sm_90 227 KiB. A GPU takes the
+# rows of the largest class that fits it.
+SMALL, MEDIUM, LARGE = 99 * 1024, 163 * 1024, 227 * 1024
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Return the shared memory a block may use, in bytes, as the class it is tuned for."""
+    if capability[0] == 9:
+        return LARGE
+    if capability == (8, 0) or capability[0] in (10, 11):
+        return MEDIUM
+    return SMALL
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Cut a head dim into two powers of two of at least 16, the second 0 where one covers it.
+
+    40 → (32, 16), 48 → (32, 16), 80 → (64, 16), 96 → (64, 32), 160 → (128, 32), 111 → (128, 0).
+    """
+    whole = max(16, triton.next_power_of_2(head_dim))
+    first = whole // 2
+    rest = max(16, triton.next_power_of_2(head_dim - first)) if head_dim > first else 0
+    if first < 16 or rest >= first:
+        return whole, 0
+    return first, rest
+
+
+# Rows: (largest padded head dim) → (block_q, block_k, num_warps, num_stages), 16-bit elements.
+# Chosen by the offline compiler's registers, spills and shared memory alone; not yet timed.
+FORWARD = {
+    SMALL: {64: (128, 64, 4, 3), 96: (128, 64, 8, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 2)},
+    MEDIUM: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 160: (128, 32, 8, 3), 256: (64, 32, 4, 2)},
+    LARGE: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 160: (128, 64, 8, 2), 256: (128, 64, 8, 2)},
+}
+BACKWARD = {
+    SMALL: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
+    MEDIUM: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
+    LARGE: {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 160: (32, 64, 8, 2), 256: (32, 64, 8, 2)},
+}
+ONE_BLOCK_KEYS = 128  # a backward whose keys fit one block needs one launch
+
+
+@functools.cache
+def choose(
+    stage: str, head_dim: int, itemsize: int, key_length: int, capability: tuple[int, int]
+) -> Config:
+    """Return the tile of a pass: "forward", "key_gradient", "query_gradient" or "one_block"."""
+    padded = sum(split_head_dim(head_dim))
+    table = (FORWARD if stage == "forward" else BACKWARD)[shared_memory(capability)]
+    block_q, block_k, warps, stages = next(row for top, row in table.items() if padded <= top)
+    if stage == "query_gradient":  # the block that stays is the one of queries
+        block_q, block_k = block_k, block_q
+    if itemsize == 4:
+        block_q, block_k, stages = max(16, block_q // 2), max(16, block_k // 2), 1
+    short = max(16, triton.next_power_of_2(key_length))
+    if stage == "one_block":
+        block_q, block_k, stages = max(16, block_q // (short // block_k or 1)), short, 1
+    return Config(block_q, min(block_k, short), warps, stages)
+
+
+def fits_one_block(head_dim: int, itemsize: int, key_length: int) -> bool:
+    """Whether the keys and values of a head, and their gradients, fit one block of the backward."""
+    short = max(16, triton.next_power_of_2(key_length))
+    return short <= ONE_BLOCK_KEYS and short * sum(split_head_dim(head_dim)) * itemsize <= 16384
