@@ -8,7 +8,7 @@ than equal numbers; it says nothing about speed.
 import ctypes
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,12 @@ from torch import Tensor
 from ldm4ts_kernels.reference import attention
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "csrc/sm80/flash_fwd.cu", ROOT / "tests/emulation/entry.cpp"]
+SOURCES = [
+    *sorted((ROOT / "csrc/sm80").glob("flash_*.cu")),
+    ROOT / "tests/emulation/entry.cpp",
+]
+HEAD_DIMS = (16, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+SEPARATE, STORE_ONCE, ATOMIC = 0, 1, 2  # QueryGradient
 MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
 FEW, MANY = 1, 10_000  # processors: a grid fills one at once, and never fills the others
 
@@ -68,6 +73,11 @@ class Case:
     layout: str = "BHND"
     processors: int = MANY
 
+    def __str__(self) -> str:
+        named = {field.name: field.default for field in fields(self)}
+        changed = {name: getattr(self, name) for name in named if getattr(self, name) != named[name]}
+        return " ".join(f"{name}={value}" for name, value in changed.items()).replace("torch.", "")
+
     def empty(self, heads: int, length: int) -> Tensor:
         """Return a (B, H, N, D) view into a larger buffer of NaN, so that strays are seen."""
         shape = (self.batch, heads, length, self.head_dim)
@@ -107,17 +117,17 @@ def kernels(tmp_path_factory: pytest.TempPathFactory):
             command += [f"-DLDM_HEAD_DIM={head_dim}", f"-I{ROOT}/tests/emulation", f"-I{ROOT}/csrc"]
             subprocess.run([*command, *map(str, SOURCES), "-o", str(target)], check=True)
             built[head_dim] = ctypes.CDLL(str(target))
+            built[head_dim].workspace.restype = ctypes.c_int64
             assert built[head_dim].params_bytes() == ctypes.sizeof(FlashParams)
         return built[head_dim]
 
     return library
 
 
-def call(entry, params: FlashParams, processors: int) -> None:
+def launch(library: ctypes.CDLL, backward: bool, params: FlashParams, processors: int) -> None:
     conflicts, error = ctypes.c_int64(), ctypes.c_char_p()
-    code = entry(
-        ctypes.byref(params), processors, ctypes.byref(conflicts), ctypes.byref(error)
-    )  # fmt: skip
+    found = [ctypes.byref(found) for found in (params, conflicts, error)]
+    code = library.run(backward, found[0], processors, *found[1:])
     assert (code, error.value, conflicts.value) == (0, b"", 0)
 
 
@@ -143,7 +153,21 @@ def assert_as_accurate_as(actual: Tensor, rounded: Tensor, exact: Tensor, factor
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 
 
-def run_forward(library, case: Case) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class Forward:
+    """One emulated forward: what went in, what came out."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    params: FlashParams
+    out: Tensor
+    lse: Tensor
+
+
+def run_forward(library: ctypes.CDLL, case: Case) -> Forward:
+    torch.manual_seed(0)
     q = case.random(case.heads, case.q_len)
     k = case.random(case.kv_heads, case.k_len, channel_bias=2.0)
     v = case.random(case.kv_heads, case.k_len)
@@ -151,30 +175,103 @@ def run_forward(library, case: Case) -> tuple[Tensor, ...]:
     lse = torch.full((case.batch, case.heads, case.q_len), torch.nan)
     params = params_of(case, q, k, v, mask)
     params.o, params.lse = strided(out), lse.data_ptr()
-    call(library.forward, params, case.processors)
+    launch(library, False, params, case.processors)
     assert guards_of(out).isnan().all()
-    return q, k, v, mask, out, lse
+    return Forward(q, k, v, mask, params, out, lse)
 
 
-def check_forward(library, case: Case) -> None:
-    torch.manual_seed(0)
-    q, k, v, mask, out, lse = run_forward(library, case)
-    options = {"is_causal": case.is_causal, "scale": case.scale}
-    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
-    exact, exact_lse = attention(q.double(), k.double(), v.double(), wide, **options)
-    rounded, _ = attention(q, k, v, mask, **options)
-    assert_as_accurate_as(out, rounded, exact, factor=2)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
+def reference(case: Case, inputs: list[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the oracle's output and LSE in the dtype of `inputs`."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(inputs[0].dtype)
+    return attention(*inputs, mask, is_causal=case.is_causal, scale=case.scale)
 
 
+def library_for(kernels, case: Case) -> ctypes.CDLL:
+    return kernels(next(dim for dim in HEAD_DIMS if dim >= case.head_dim))
+
+
+def check_forward(library: ctypes.CDLL, case: Case) -> None:
+    ran = run_forward(library, case)
+    inputs = [ran.q, ran.k, ran.v]
+    exact, exact_lse = reference(case, [x.double() for x in inputs], ran.mask)
+    rounded, _ = reference(case, inputs, ran.mask)
+    assert_as_accurate_as(ran.out, rounded, exact, factor=2)
+    torch.testing.assert_close(ran.lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
+
+
+def run_backward(library, case: Case, ran: Forward, dout: Tensor, dlse: Tensor | None, mode: int):
+    """Return dq, dk and dv of the emulated kernels."""
+    grads = [case.empty(case.heads, case.q_len)]
+    grads += [case.empty(case.kv_heads, case.k_len) for _ in range(2)]
+    params = ran.params
+    delta = torch.full_like(ran.lse, torch.nan)
+    workspace = torch.full((library.workspace(ctypes.byref(params)),), torch.nan)
+    params.d_o, params.delta, params.dq_accum = strided(dout), delta.data_ptr(), workspace.data_ptr()
+    params.dlse = 0 if dlse is None else dlse.data_ptr()
+    params.dq, params.dk, params.dv = map(strided, grads)
+    params.dq_mode, params.fused_delta = mode, mode == STORE_ONCE
+    launch(library, True, params, case.processors)
+    for grad in grads:
+        assert guards_of(grad).isnan().all()
+    return grads
+
+
+def check_backward(library: ctypes.CDLL, case: Case, mode: int, with_dlse: bool = False) -> None:
+    assert (mode == STORE_ONCE) == (case.k_len <= library.block_keys()), "no such call"
+    ran = run_forward(library, case)
+    dout = case.random(case.heads, case.q_len)
+    dlse = torch.randn(ran.lse.shape) if with_dlse else None
+    grads = run_backward(library, case, ran, dout, dlse, mode)
+    wanted = []
+    for dtype in (torch.float64, case.dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (ran.q, ran.k, ran.v)]
+        out, lse = reference(case, inputs, ran.mask)
+        outputs, sent = [out], [dout.to(dtype)]
+        if dlse is not None:
+            outputs, sent = [out, lse], [*sent, dlse.to(lse.dtype)]
+        wanted.append(torch.autograd.grad(outputs, inputs, sent))
+    for actual, exact, rounded in zip(grads, *wanted, strict=True):
+        assert_as_accurate_as(actual, rounded, exact, factor=3)
+
+
+BF16 = torch.bfloat16
 FORWARD = [
     Case(49, 49, 40),
-    Case(77, 77, 64, torch.bfloat16, is_causal=True),
+    Case(77, 77, 64, BF16, is_causal=True),
     Case(130, 77, 64, processors=FEW),
+    Case(196, 196, 40, BF16, heads=4, kv_heads=2, layout="BNHD", processors=FEW),
+    Case(33, 300, 40, layout="BNHD", batch=2),
+    Case(150, 90, 64, is_causal=True, processors=FEW),
+    Case(90, 150, 64, BF16, is_causal=True, heads=2, kv_heads=1),
+    Case(40, 90, 64, mask="bool"),
+    Case(40, 90, 64, BF16, mask="float", batch=2, heads=2),
+    Case(40, 90, 40, mask="element", is_causal=True),
+    Case(20, 30, 64, scale=-0.3),
+    Case(20, 30, 64, scale=0.0),
+    Case(1, 1, 64),
+    Case(5, 0, 64),
+    Case(50, 60, 36),  # a head dim of whole 8 bytes
+    Case(50, 60, 59, BF16, layout="BNHD"),  # of single elements
+    Case(3, 17, 1),
+    Case(70, 100, 160),
+    Case(130, 100, 160, BF16, processors=FEW),
+    Case(70, 100, 256),
+    Case(130, 70, 250, processors=FEW),
 ]
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_forward_is_as_accurate_as_torch_in_its_dtype(kernels, case):
-    dims = (16, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
-    check_forward(kernels(next(dim for dim in dims if dim >= case.head_dim)), case)
+    check_forward(library_for(kernels, case), case)
+
+
+@pytest.mark.parametrize("case", [Case(49, 49, 40), Case(60, 33, 64, BF16, is_causal=True)], ids=str)
+def test_short_backward_in_one_launch_is_as_accurate_as_torch(kernels, case):
+    check_backward(library_for(kernels, case), case, STORE_ONCE)
+
+
+@pytest.mark.parametrize("mode", [SEPARATE, ATOMIC], ids=["separate", "atomic"])
+@pytest.mark.parametrize("case", [Case(150, 200, 40), Case(60, 333, 64, BF16, is_causal=True)], ids=str)
+def test_long_backward_is_as_accurate_as_torch(kernels, case, mode):
+    check_backward(library_for(kernels, case), case, mode)

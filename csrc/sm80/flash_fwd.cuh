@@ -27,11 +27,8 @@ struct KeyValueRing {
     }
     copy_commit();
   }
-  // The tile of this step; the slot of the step before it is free from here on and filled anew.
   LDM_DEVICE Tile<C::kPadded> next(int step) const {
-    copy_wait<C::kSlots - 2>();
-    sync_block();
-    start(step + C::kSlots - 1);
+    await_step<C::kSlots>(step, [&](int later) { start(later); });
     return slot(step);
   }
 };

@@ -82,6 +82,24 @@ LDM_DEVICE void store_accumulator(T type, Tile<kColumns> tile, int row, int colu
   store_shared(tile.address(row + lane / 4 + 8, column / kChunk) + inside, pack(type, c[2], c[3]));
 }
 
+// c += a bᵀ for the rows of two tiles, from a_row and b_row on, over all their columns
+template <typename T, int kRowTiles, int kColumnTiles, int kColumns>
+LDM_DEVICE void multiply_rows(T type, float (&c)[kRowTiles][kColumnTiles][4], Tile<kColumns> a_tile,
+                              int a_row, Tile<kColumns> b_tile, int b_row) {
+  LDM_UNROLL for (int k = 0; k < kColumns / 16; ++k) {
+    uint32_t a[kRowTiles][4];
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) load_a(a[r], a_tile, a_row + r * 16, k * 16);
+    LDM_UNROLL for (int n = 0; n < kColumnTiles / 2; ++n) {
+      uint32_t b[4];
+      load_b(b, b_tile, b_row + n * 16, k * 16);
+      LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+        mma(type, c[r][2 * n], a[r], b[0], b[1]);
+        mma(type, c[r][2 * n + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+}
+
 // One head of a tensor: its first row, and how far apart the rows are.
 struct Rows {
   uint16_t* data;
@@ -149,6 +167,37 @@ LDM_DEVICE void store_tile(Rows rows, Tile<kColumns> tile, int first, int n_rows
     LDM_UNROLL for (int i = 0; i < kChunk; ++i) {
       if (i < count) target[i] = static_cast<uint16_t>(x.words[i / 2] >> (i % 2 * 16));
     }
+  }
+}
+
+// rows[row] and the next column = x, y, where they exist.
+template <typename T>
+LDM_DEVICE void store_pair(T type, Rows rows, int row, int column, int n_rows, int head_dim,
+                           float x, float y) {
+  if (row >= n_rows || column >= head_dim) return;
+  const uint32_t word = pack(type, x, y);
+  uint16_t* target = rows.data + row * rows.stride + column;
+  if (rows.vector) {
+    *reinterpret_cast<uint32_t*>(target) = word;
+    return;
+  }
+  target[0] = static_cast<uint16_t>(word);
+  if (column + 1 < head_dim) target[1] = static_cast<uint16_t>(word >> 16);
+}
+
+// Awaits the copies of one step of a pipeline of kStages buffers, and has a later step's started:
+// start(step) copies and commits. Before step 0, start the first kStages − 1 steps.
+template <int kStages, typename F>
+LDM_DEVICE void await_step(int step, F&& start) {
+  if constexpr (kStages == 1) {
+    sync_block();  // the one buffer is free
+    start(step);
+    copy_wait<0>();
+    sync_block();
+  } else {
+    copy_wait<kStages - 2>();
+    sync_block();
+    start(step + kStages - 1);
   }
 }
 

@@ -41,13 +41,15 @@ struct BwdRow {
   int column_warps;  // warps that share out the columns of dK and dV, for the same keys
   int row_tiles;     // of 16 keys, a warp
   int block_q;
-  int stages;  // tiles of Q and dO in flight
+  int stages;   // tiles of Q and dO in flight
+  int dq_keys;  // the kernel for dQ alone: keys a tile
+  int dq_stages;
 };
-constexpr BwdRow kBwd99[] = {
-    {16, 4, 1, 2, 32, 2},  {32, 4, 1, 2, 32, 2},  {40, 4, 1, 2, 32, 2},
-    {48, 4, 1, 2, 32, 2},  {64, 4, 1, 2, 32, 2},  {80, 4, 1, 1, 64, 2},
-    {96, 4, 1, 1, 64, 2},  {112, 4, 1, 1, 32, 2}, {128, 4, 1, 1, 32, 2},
-    {160, 4, 2, 1, 32, 2}, {192, 4, 2, 1, 32, 1}, {256, 2, 4, 1, 32, 2},
+constexpr BwdRow kBwd[] = {
+    {16, 4, 1, 2, 32, 2, 64, 2},  {32, 4, 1, 2, 32, 2, 64, 2},  {40, 4, 1, 2, 32, 2, 64, 2},
+    {48, 4, 1, 2, 32, 2, 64, 2},  {64, 4, 1, 2, 32, 2, 64, 2},  {80, 4, 1, 1, 64, 2, 64, 2},
+    {96, 4, 1, 1, 64, 2, 64, 2},  {112, 4, 1, 1, 32, 2, 32, 2}, {128, 4, 1, 1, 32, 2, 32, 2},
+    {160, 4, 2, 1, 32, 2, 32, 2}, {192, 4, 2, 1, 32, 1, 32, 2}, {256, 2, 2, 1, 32, 1, 32, 1},
 };
 
 template <typename Row, int kRows>
@@ -70,6 +72,48 @@ struct FwdTiles {
   static constexpr int kSlots = kRow.slots;
   static constexpr bool kQueryInRegisters = kRow.query_in_registers;
   static constexpr int kSharedBytes = (kBlockQ + kSlots * kBlockK) * kPadded * 2;
+  static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
+};
+
+template <int kDim>
+struct BwdTiles {
+  static constexpr BwdRow kRow = row_for(kBwd, kDim);
+  static constexpr int kHeadDim = kDim;
+  static constexpr int kPadded = ceil_div(kDim, 16) * 16;
+  static constexpr int kKeyWarps = kRow.key_warps;
+  static constexpr int kColumnWarps = kRow.column_warps;
+  static constexpr int kWarps = kKeyWarps * kColumnWarps;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kRowTiles = kRow.row_tiles;
+  static constexpr int kWarpKeys = kRowTiles * 16;
+  static constexpr int kBlockK = kKeyWarps * kWarpKeys;
+  static constexpr int kBlockQ = kRow.block_q;
+  static constexpr int kStages = kRow.stages;
+  static constexpr int kWarpQueries = kBlockQ / kColumnWarps;         // columns of Sᵀ, a warp
+  static constexpr int kWarpColumns = kPadded / kColumnWarps;         // of dK and dV, a warp
+  static constexpr int kDqRowWarps = kBlockQ / 16 < kWarps ? kBlockQ / 16 : kWarps;
+  static constexpr int kDqColumns = ceil_div(kPadded / 16, kWarps / kDqRowWarps) * 16;
+  static constexpr int kDqFloats = kWarps * 16 * kDqColumns;          // of one query tile
+  static constexpr int kStageBytes = 2 * kBlockQ * kPadded * 2;       // Q, dO
+  static constexpr int kScoreBytes = kBlockK * kBlockQ * 2;           // dS; P where warps share it
+  static constexpr int kSharedBytes = 2 * kBlockK * kPadded * 2 + kStages * kStageBytes +
+                                      (kColumnWarps > 1 ? 2 : 1) * kScoreBytes +
+                                      kStages * 2 * kBlockQ * 4;      // lse, delta
+  static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
+  static_assert(kWarpQueries % 16 == 0 && kWarpColumns % 16 == 0, "an operand is 16 wide");
+  static_assert(kWarps % kDqRowWarps == 0 && kDqRowWarps * 16 == kBlockQ, "dQ is not covered");
+};
+
+template <int kDim>
+struct DqTiles {
+  static constexpr BwdRow kRow = row_for(kBwd, kDim);
+  static constexpr int kHeadDim = kDim;
+  static constexpr int kPadded = ceil_div(kDim, 16) * 16;
+  static constexpr int kThreads = 4 * kWarp;
+  static constexpr int kBlockQ = 64;
+  static constexpr int kBlockK = kRow.dq_keys;
+  static constexpr int kStages = kRow.dq_stages;
+  static constexpr int kSharedBytes = 2 * (kBlockQ + kStages * kBlockK) * kPadded * 2;
   static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
 };
 

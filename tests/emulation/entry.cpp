@@ -7,12 +7,17 @@ extern "C" {
 
 int params_bytes() { return sizeof(ldm::FlashParams); }
 
+int block_keys() { return ldm::flash_bwd_block_keys<LDM_HEAD_DIM>(); }
+int64_t workspace(const ldm::FlashParams* p) { return ldm::flash_bwd_workspace<LDM_HEAD_DIM>(*p); }
+
 // Returns the launcher's code; *conflicts: bank conflicts of ldmatrix; *error: what went wrong.
-int forward(const ldm::FlashParams* p, int processors, int64_t* conflicts, const char** error) {
+int run(int backward, const ldm::FlashParams* p, int processors, int64_t* conflicts,
+        const char** error) {
   emulation::machine().error.clear();
   emulation::machine().conflicts = 0;
   ldm::device_limits().processors = processors;
-  const int code = ldm::launch_flash_fwd<LDM_HEAD_DIM>(*p, nullptr);
+  const int code = backward ? ldm::launch_flash_bwd<LDM_HEAD_DIM>(*p, nullptr)
+                            : ldm::launch_flash_fwd<LDM_HEAD_DIM>(*p, nullptr);
   *conflicts = emulation::machine().conflicts;
   *error = emulation::machine().error.c_str();
   return code;

@@ -1,5 +1,6 @@
 // csrc/sm80/mma.cuh on the CPU: the same functions, the PTX ISA's layouts spelled out.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -15,6 +16,8 @@
 namespace ldm {
 
 using emulation::machine;
+using std::max;
+using std::min;
 
 inline uint32_t shared_base() { return 0; }
 inline int thread_index() { return machine().thread_index(); }
