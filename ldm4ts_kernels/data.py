@@ -23,6 +23,14 @@ ETT = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 ETT_MONTH = 30 * 24  # rows: the benchmark's months are 30 days of hours
 
 
+class OptionError(ValueError):
+    """An option that does not fit: names it, what was expected and what came."""
+
+
+class DataError(ValueError):
+    """A table that cannot be used: names its source, and the line and column where there is one."""
+
+
 @dataclass(frozen=True)
 class DatasetRow:
     """One row of DATASETS: where a table comes from and how it is forecast unless told otherwise.
@@ -140,15 +148,15 @@ class Splits:
 def _read_csv(path: str) -> tuple[pd.DataFrame, str]:
     """Read a CSV file as text, one row a line, so that errors can name the line."""
     if not Path(path).is_file():
-        raise ValueError(f"path: expected a CSV file, got {path!r}, which is not a file")
+        raise OptionError(f"path: expected a CSV file, got {path!r}, which is not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             table = pd.read_csv(path, dtype=str, skip_blank_lines=False, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable CSV table: {error}") from error
+        raise DataError(f"{path}: not a readable CSV table: {error}") from error
     if not isinstance(table.index, pd.RangeIndex):
-        raise ValueError(f"{path}, line 2: more fields than the header has names")
+        raise DataError(f"{path}, line 2: more fields than the header has names")
     filled = np.flatnonzero(table.notna().any(axis=1).to_numpy())
     # Blank lines at the end of a file are its end, not missing values.
     return table.iloc[: filled[-1] + 1 if len(filled) else 0], path
@@ -161,7 +169,7 @@ def _load_arch(name: str) -> Callable[[str], tuple[pd.DataFrame, str]]:
         try:
             module = import_module(f"arch.data.{name}")
         except ImportError as error:
-            raise ValueError(
+            raise DataError(
                 f"data {name!r} ships with the package `arch`, which does not import ({error}); "
                 "pip install arch"
             ) from error
@@ -219,16 +227,16 @@ DATASETS: dict[str, DatasetRow] = {
 def load_series(config: DataConfig) -> Series:
     """Read the table that config names and check every value of it.
 
-    Raises ValueError, naming source, column and line, for an unknown data set or column, a missing,
-    non-numeric or infinite value, and a missing, unreadable, repeated or unsorted timestamp. Lines
-    count as in an editor: the header is line 1.
+    Raises OptionError for an unknown data set or column; DataError, naming source, line and column,
+    for a missing, non-numeric or infinite value, and for a missing, unreadable, repeated or
+    unsorted timestamp. Lines count as in an editor: the header is line 1.
     """
     row = DATASETS.get(config.name)
     if row is None:
-        raise ValueError(f"data: expected one of {', '.join(DATASETS)}, got {config.name!r}")
+        raise OptionError(f"data: expected one of {', '.join(DATASETS)}, got {config.name!r}")
     if row.needs_path != (config.path is not None):
         needs = "needs the path of its CSV file" if row.needs_path else "is built in, takes no path"
-        raise ValueError(f"data {config.name!r} {needs}, got path={config.path!r}")
+        raise OptionError(f"data {config.name!r} {needs}, got path={config.path!r}")
     table, source = row.load(config.path or "")
     timestamp, columns, targets = _chosen_columns(config, row, table, source)
     history, horizons, period = _chosen_window(config, row)
@@ -250,7 +258,7 @@ def load_splits(config: DataConfig) -> Splits:
 
     The parts follow each other in time; the history of the first window of a part may reach into
     the part before, its future never does. The scaler sees the training rows only. Raises
-    ValueError as `load_series` does, and if a part is too short for one window.
+    as `load_series` does, and DataError if a part is too short for one window.
     """
     series = load_series(config)
     train_end, validation_end, test_end = _split_ends(series)
@@ -266,7 +274,7 @@ def load_splits(config: DataConfig) -> Splits:
         rows = scaled[max(0, start) : end]
         cut = Windows(rows, series.history, series.horizons, series.targets)
         if len(cut) == 0:
-            raise ValueError(
+            raise DataError(
                 f"{series.source}: too short: {len(series.values)} rows leave {len(rows)} to the "
                 f"{part} part; history={series.history} and the longest horizon "
                 f"{series.horizons[-1]} need {series.history + series.horizons[-1]}"
@@ -282,7 +290,7 @@ def _split_ends(series: Series) -> tuple[int, int, int]:
         return round(rows * first), round(rows * (first + second)), rows
     ends = int(first), int(first + second), int(first + second + third)
     if rows < ends[2]:
-        raise ValueError(f"{series.source}: the split needs {ends[2]} rows, the file has {rows}")
+        raise DataError(f"{series.source}: the split needs {ends[2]} rows, the file has {rows}")
     return ends
 
 
@@ -293,11 +301,11 @@ def _chosen_columns(
     listed = f"{source} has the columns {', '.join(names)}"
     timestamp = config.timestamp or row.timestamp
     if timestamp is None:
-        raise ValueError(f"timestamp: name the column that holds it; {listed}")
+        raise OptionError(f"timestamp: name the column that holds it; {listed}")
     columns = config.columns or row.columns or tuple(n for n in names if n != timestamp)
     targets = config.targets or row.targets
     if targets is None:
-        raise ValueError(f"targets: name the columns to forecast; {listed}")
+        raise OptionError(f"targets: name the columns to forecast; {listed}")
     for argument, chosen in (
         ("timestamp", (timestamp,)),
         ("columns", columns),
@@ -305,12 +313,12 @@ def _chosen_columns(
     ):
         for name in chosen:
             if name not in names:
-                raise ValueError(f"{argument}: no column {name!r}; {listed}")
+                raise OptionError(f"{argument}: no column {name!r}; {listed}")
         if len(set(chosen)) != len(chosen):
-            raise ValueError(f"{argument}: expected each name once, got {', '.join(chosen)}")
+            raise OptionError(f"{argument}: expected each name once, got {', '.join(chosen)}")
     outside = [name for name in targets if name not in columns]
     if outside:
-        raise ValueError(f"targets: {', '.join(outside)} not among columns {', '.join(columns)}")
+        raise OptionError(f"targets: {', '.join(outside)} not among columns {', '.join(columns)}")
     return timestamp, columns, targets
 
 
@@ -319,12 +327,12 @@ def _chosen_window(config: DataConfig, row: DatasetRow) -> tuple[int, tuple[int,
     horizons = row.horizons if config.horizons is None else config.horizons
     period = row.period if config.period is None else config.period
     if history < 2:
-        raise ValueError(f"history: expected at least 2 rows, got {history}")
+        raise OptionError(f"history: expected at least 2 rows, got {history}")
     rising = all(a < b for a, b in pairwise(horizons))
     if not horizons or horizons[0] < 1 or not rising:
-        raise ValueError(f"horizons: expected increasing steps of at least 1, got {horizons}")
+        raise OptionError(f"horizons: expected increasing steps of at least 1, got {horizons}")
     if not 1 <= period <= history:
-        raise ValueError(f"period: expected 1 .. history={history} rows, got {period}")
+        raise OptionError(f"period: expected 1 .. history={history} rows, got {period}")
     return history, horizons, period
 
 
@@ -336,14 +344,14 @@ def _line(position: Any) -> int:
 def _parse_numbers(column: pd.Series, source: str) -> np.ndarray:
     missing = np.flatnonzero(column.isna())
     if len(missing):
-        raise ValueError(
+        raise DataError(
             f"{source}, line {_line(missing[0])}, column {column.name!r}: the value is missing "
             f"({len(missing)} in this column)"
         )
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(numbers))
     if len(bad):
-        raise ValueError(
+        raise DataError(
             f"{source}, line {_line(bad[0])}, column {column.name!r}: expected a finite number, "
             f"got {column.iloc[bad[0]]!r}"
         )
@@ -357,7 +365,7 @@ def _parse_timestamps(column: pd.Series, source: str) -> pd.DatetimeIndex:
         stamps = pd.DatetimeIndex(pd.to_datetime(column, errors="coerce"))
     bad = np.flatnonzero(stamps.isna())
     if len(bad):
-        raise ValueError(
+        raise DataError(
             f"{source}, line {_line(bad[0])}, column {column.name!r}: expected a timestamp, "
             f"got {column.iloc[bad[0]]!r}"
         )
@@ -366,7 +374,7 @@ def _parse_timestamps(column: pd.Series, source: str) -> pd.DatetimeIndex:
     if len(wrong):
         later = wrong[0] + 1
         what = "repeats" if stamps[later] == stamps[later - 1] else "is earlier than"
-        raise ValueError(
+        raise DataError(
             f"{source}, line {_line(later)}, column {column.name!r}: {stamps[later]} {what} the "
             f"line before; sort the file by time and keep one row for each timestamp"
         )

@@ -19,7 +19,7 @@ from ldm4ts_kernels.checkpoints import (
     find_checkpoints,
     write_text_whole,
 )
-from ldm4ts_kernels.data import DataConfig, Scaler
+from ldm4ts_kernels.data import DataConfig, OptionError, Scaler
 
 # What shapes the weights and the order of the data; all else may differ when a run is resumed.
 FIXED_FOR_A_RUN = (
@@ -67,15 +67,11 @@ AT_LEAST = {
 POSITIVE = ("learning_rate", "autoencoder_learning_rate", "gradient_clip")
 
 
-class RunError(ValueError):
-    """A run's directory or configuration that does not fit the request; says what would."""
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """All options of a training run; the defaults are those of preset `paper` on a CPU.
 
-    `plan` chooses by the machine. Raises RunError, naming the option, for a value out of range.
+    `plan` chooses by the machine. Raises OptionError, naming the option, for a value out of range.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -112,13 +108,13 @@ class TrainConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 got = getattr(self, name)
-                raise RunError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
+                raise OptionError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
         for name, least in AT_LEAST.items():
             if not getattr(self, name) >= least:
-                raise RunError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+                raise OptionError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         for name in POSITIVE:
             if not getattr(self, name) > 0:
-                raise RunError(f"{name}: expected more than 0, got {getattr(self, name)}")
+                raise OptionError(f"{name}: expected more than 0, got {getattr(self, name)}")
 
 
 def plan(given: dict[str, Any]) -> TrainConfig:
@@ -127,17 +123,17 @@ def plan(given: dict[str, Any]) -> TrainConfig:
     `given` maps fields of TrainConfig to values, "data" to a dict of DataConfig's fields. device
     and precision may be "auto". With a GPU the preset is `guide`, in bf16 where the GPU has it and
     with gradient checkpointing; without, `paper`. With "resume", options not given are those of the
-    run in "output". Raises RunError for an unknown option, a bad value or a missing GPU.
+    run in "output". Raises OptionError for an unknown option, a bad value or a missing GPU.
     """
     stored: dict[str, Any] = {}
     if given.get("resume") and "output" not in given:
-        raise RunError("resume: name the run's directory (--output)")
+        raise OptionError("resume: name the run's directory (--output)")
     if given.get("resume") and (Path(given["output"]) / "config.json").exists():
         stored = _read_json(Path(given["output"]) / "config.json")
     device = given.get("device", stored.get("device", "auto"))
     gpu = torch.cuda.is_available()
     if device == "cuda" and not gpu:
-        raise RunError("device: torch finds no CUDA GPU here; --device cpu trains without")
+        raise OptionError("device: torch finds no CUDA GPU here; --device cpu trains without")
     if device == "auto":
         device = "cuda" if gpu else "cpu"
     on_gpu = device == "cuda"
@@ -192,12 +188,12 @@ def _config_from_json(values: dict[str, Any]) -> TrainConfig:
     for known, given, where in ((TrainConfig, values, ""), (DataConfig, data, "data.")):
         unknown = set(given) - {entry.name for entry in fields(known)}
         if unknown:
-            raise RunError(f"unknown option {where}{min(unknown)}")
+            raise OptionError(f"unknown option {where}{min(unknown)}")
     return TrainConfig(**{**values, "data": DataConfig(**data)})
 
 
 def read_config(directory: str | Path) -> TrainConfig:
-    """Read the configuration of the run in directory; RunError if there is none to read."""
+    """Read the configuration of the run in directory; OptionError if there is none to read."""
     return _config_from_json(_read_json(Path(directory) / "config.json"))
 
 
@@ -210,21 +206,23 @@ def read_scaler(directory: str | Path) -> Scaler:
 def open_run(config: TrainConfig, scaler: Scaler) -> Run:
     """Check the directory config.output and return the run that it holds or will hold.
 
-    Writes nothing. Raises RunError if the directory holds a run and config.resume is off, if it is
-    something else's, or if the run was trained on other data or with another value of
+    Writes nothing. Raises OptionError if the directory holds a run and config.resume is off, if it
+    is something else's, or if the run was trained on other data or with another value of
     FIXED_FOR_A_RUN.
     """
     directory = Path(config.output)
     if (directory / "config.json").exists():
         if not config.resume:
-            raise RunError(
+            raise OptionError(
                 f"output: {directory} holds a run; resume it (--resume) or choose another --output"
             )
         _check_same(read_config(directory), config, directory)
         if read_scaler(directory) != scaler:
-            raise RunError(f"data: the table differs from the one that {directory} was trained on")
+            raise OptionError(
+                f"data: the table differs from the one that {directory} was trained on"
+            )
     elif _is_foreign(directory):
-        raise RunError(f"output: {directory} exists and is no run; choose another --output")
+        raise OptionError(f"output: {directory} exists and is no run; choose another --output")
     found = find_checkpoints(directory / "checkpoints")
     return Run(directory, found[-1] if found else None)
 
@@ -243,7 +241,7 @@ def _check_same(stored: TrainConfig, config: TrainConfig, directory: Path) -> No
         if name == "data":  # a file may have moved; its contents are compared by their scaler
             before, now = replace(before, path=None), replace(now, path=None)
         if json.dumps(before, default=asdict) != json.dumps(now, default=asdict):
-            raise RunError(
+            raise OptionError(
                 f"{name}: {directory} was trained with {before!r}, not {now!r}; "
                 "leave the option out, or choose another --output"
             )
@@ -266,8 +264,8 @@ def _forget_after(log: Path, checkpoint: Checkpoint | None) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise RunError(f"{path.parent} holds no run: {path.name} is missing")
+        raise OptionError(f"{path.parent} holds no run: {path.name} is missing")
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not readable: {error}") from error
+        raise OptionError(f"{path}: not readable: {error}") from error

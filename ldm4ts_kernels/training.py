@@ -30,7 +30,7 @@ from ldm4ts_kernels.checkpoints import (
     save_checkpoint,
     write_text_whole,
 )
-from ldm4ts_kernels.data import Series, Splits, load_splits
+from ldm4ts_kernels.data import OptionError, Series, Splits, load_splits
 from ldm4ts_kernels.diffusers_integration import served_by
 from ldm4ts_kernels.evaluation import Evaluation, evaluate
 from ldm4ts_kernels.model import LDM4TSModel
@@ -150,7 +150,8 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
     2502.14887, algorithm 1) by AdamW under a cosine schedule. Writes config.output: see `runs`.
     on_step gets StepReports; if it returns True, the run stops as on Ctrl-C.
 
-    Raises ValueError (RunError, CheckpointError) for options, data or a directory that do not fit;
+    Raises ValueError for options or a directory that do not fit (OptionError), for data
+    (DataError) and for a checkpoint (CheckpointError);
     TrainingError for a loss that is not finite; TrainingInterrupted after Ctrl-C, SIGTERM or
     on_step's wish, with a checkpoint written. A second Ctrl-C does not wait for the step's end.
     """
@@ -194,7 +195,10 @@ def _build_model(config: TrainConfig, series: Series, run: Run) -> LDM4TSModel:
         "enable_gradient_checkpointing": config.gradient_checkpointing,
     }
     if run.checkpoint is None:
-        return LDM4TSModel(preset=config.preset, **options, **model_fields(config, series))
+        try:
+            return LDM4TSModel(preset=config.preset, **options, **model_fields(config, series))
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"model: {error}") from error
     logger.info("resuming %s at %s", run.directory, run.checkpoint.position)
     return LDM4TSModel.from_pretrained(run.checkpoint.model_path, **options)
 

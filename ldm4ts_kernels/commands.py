@@ -1,0 +1,267 @@
+"""The commands of `ldm4ts`: parse, call, print. What a run does is decided below this file."""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ldm4ts_kernels import __version__, explain
+from ldm4ts_kernels.data import DATASETS, OptionError
+from ldm4ts_kernels.evaluation import Evaluation
+from ldm4ts_kernels.forecasting import LEVELS, Forecast, forecast
+from ldm4ts_kernels.plots import save_fan_chart
+from ldm4ts_kernels.progress import TrainingProgress
+from ldm4ts_kernels.runs import plan
+from ldm4ts_kernels.training import train
+
+HORIZONS_SHOWN = 12  # in the forecast's table; the CSV file has all
+
+out = Console()
+notes = Console(stderr=True)
+app = typer.Typer(
+    name="ldm4ts",
+    help="Train and use LDM4TS forecasters: time series as images, denoised in latent space.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_state = {"debug": False}
+
+
+def wants_debug() -> bool:
+    """Say whether --debug was given, so that errors keep their traceback."""
+    return _state["debug"]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(f"ldm4ts-kernels {__version__} (torch {torch.__version__})", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _globally(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="and exit")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    _state["debug"] = debug
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ldm4ts_kernels").setLevel(logging.INFO)
+
+
+def _option(flags: str, text: str, panel: str) -> Any:
+    return typer.Option(*flags.split(), help=text, rich_help_panel=panel, show_default=False)
+
+
+def _parse_horizons(text: str) -> tuple[int, ...]:
+    """Read `1,5,20` or `1-96`."""
+    first, dash, last = text.partition("-")
+    try:
+        if dash:
+            return tuple(range(int(first), int(last) + 1))
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise OptionError(f"horizons: expected `1,5,20` or `1-96`, got {text!r}") from error
+
+
+Name = Annotated[str | None, _option("--data", f"{', '.join(DATASETS)}. [default: sp500]", "Data")]
+DataPath = Annotated[str | None, _option("--data-path", "CSV file of etth1, etth2, csv.", "Data")]
+Timestamp = Annotated[str | None, _option("--timestamp", "Column of the times.", "Data")]
+Columns = Annotated[str | None, _option("--columns", "Input columns: `open,close`.", "Data")]
+Targets = Annotated[str | None, _option("--target", "Columns to forecast: `close`.", "Data")]
+History = Annotated[int | None, _option("--history", "Rows that the model sees.", "Data")]
+Horizons = Annotated[str | None, _option("--horizons", "Rows ahead: `1,5,20`, `1-96`.", "Data")]
+Period = Annotated[int | None, _option("--period", "Rows in a season.", "Data")]
+
+Preset = Annotated[
+    str | None, _option("--preset", "paper, guide. [default: guide with a GPU]", "Model")
+]
+ImageSize = Annotated[int | None, _option("--image-size", "Pixels, a multiple of 16.", "Model")]
+Attention = Annotated[
+    str | None, _option("--attention", "default, flash, sage, auto. [default: flash]", "Model")
+]
+Checkpointing = Annotated[
+    bool | None,
+    _option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        "Recompute activations instead of keeping them. [default: with a GPU]",
+        "Model",
+    ),
+]
+
+Output = Annotated[str | None, _option("--output -o", "Run directory. [runs/<data>]", "Run")]
+Resume = Annotated[
+    bool, _option("--resume", "Go on with the run in --output, with its options.", "Run")
+]
+Device = Annotated[str | None, _option("--device", "auto, cpu, cuda. [default: auto]", "Run")]
+Precision = Annotated[str | None, _option("--precision", "auto, fp32, bf16.", "Run")]
+Seed = Annotated[int | None, _option("--seed", "Of weights, data order and noise.", "Run")]
+CheckpointEvery = Annotated[int | None, _option("--checkpoint-every", "In steps.", "Run")]
+
+Steps = Annotated[int | None, _option("--steps", "Of the forecaster.", "Optimisation")]
+AutoencoderSteps = Annotated[
+    int | None, _option("--autoencoder-steps", "Of the autoencoder, before.", "Optimisation")
+]
+BatchSize = Annotated[int | None, _option("--batch-size", "Windows in a step.", "Optimisation")]
+LearningRate = Annotated[
+    float | None, _option("--learning-rate", "At its peak, of the forecaster.", "Optimisation")
+]
+
+ValidateEvery = Annotated[int | None, _option("--validate-every", "In steps.", "Scores")]
+EvalWindows = Annotated[int | None, _option("--eval-windows", "Scored, evenly spaced.", "Scores")]
+EvalSamples = Annotated[int | None, _option("--eval-samples", "Draws a window.", "Scores")]
+SamplingSteps = Annotated[int | None, _option("--sampling-steps", "Of DDIM, a draw.", "Scores")]
+
+
+@app.command("train")
+def train_command(
+    name: Name = None,
+    path: DataPath = None,
+    timestamp: Timestamp = None,
+    columns: Columns = None,
+    targets: Targets = None,
+    history: History = None,
+    horizons: Horizons = None,
+    period: Period = None,
+    preset: Preset = None,
+    image_size: ImageSize = None,
+    attention_backend: Attention = None,
+    gradient_checkpointing: Checkpointing = None,
+    output: Output = None,
+    resume: Resume = False,
+    device: Device = None,
+    precision: Precision = None,
+    seed: Seed = None,
+    checkpoint_every: CheckpointEvery = None,
+    steps: Steps = None,
+    autoencoder_steps: AutoencoderSteps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    validate_every: ValidateEvery = None,
+    eval_windows: EvalWindows = None,
+    eval_samples: EvalSamples = None,
+    sampling_steps: SamplingSteps = None,
+) -> None:
+    """Train on a series and score the forecasts beside the naive ones.
+
+    Without a GPU, `ldm4ts train --data sp500` takes about five minutes on two cores.
+    """
+    options = dict(locals())
+    size = options.pop("image_size")
+    of_data = ("name", "path", "timestamp", "columns", "targets", "history", "horizons", "period")
+    data = {key: options.pop(key) for key in of_data}
+    given = {key: value for key, value in options.items() if value is not None}
+    given["data"] = {key: _parse_data(key, value) for key, value in data.items() if value}
+    if size is not None:
+        given["model_fields"] = {"image_size": [size, size]}
+    config = plan(given)
+    _note(f"{config.data.name}: preset {config.preset}, {config.device}, {config.precision}, "
+          f"{config.autoencoder_steps} + {config.steps} steps of {config.batch_size} windows "
+          f"-> {config.output}")  # fmt: skip
+    with TrainingProgress(notes) as show:
+        result = train(config, show)
+    _print_scores(result.test)
+    out.print(f"{result.seconds:.0f} s. Forecast: ldm4ts forecast {result.directory}", markup=False)
+
+
+def _parse_data(name: str, value: Any) -> Any:
+    if name in ("columns", "targets"):
+        return tuple(part.strip() for part in value.split(","))
+    return _parse_horizons(value) if name == "horizons" else value
+
+
+@app.command("forecast")
+def forecast_command(
+    run: Annotated[Path, typer.Argument(help="Directory of a training run.")],
+    path: Annotated[
+        str | None, typer.Option("--data-path", help="A newer file with the same columns.")
+    ] = None,
+    hold_out: Annotated[
+        int, typer.Option("--hold-out", help="Leave out the last rows, and show them as actual.")
+    ] = 0,
+    samples: Annotated[int, typer.Option("--samples", help="Draws.")] = 100,
+    sampling_steps: Annotated[
+        int | None, typer.Option("--sampling-steps", help="Of DDIM; the model's own if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto",
+    attention: Annotated[str, typer.Option("--attention", help="As for train.")] = "flash",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Picture; a .csv goes beside it. [RUN/forecast.png]"),
+    ] = None,
+) -> None:
+    """Forecast what follows a series: a table, a picture with quantile fans and a CSV file."""
+    result = forecast(run, path, hold_out, samples, sampling_steps, seed, device, attention)
+    picture = output or run / "forecast.png"
+    frame = result.to_frame()
+    title = f"{result.source}: forecast from {result.last}, {result.samples} draws"
+    save_fan_chart(
+        picture,
+        result.history,
+        result.horizons,
+        result.quantiles,
+        LEVELS,
+        result.names,
+        title,
+        result.actual,
+    )
+    frame.to_csv(picture.with_suffix(".csv"), index=False)
+    _print_forecast(result, frame)
+    out.print(f"{picture}, {picture.with_suffix('.csv')}", markup=False, highlight=False)
+
+
+@app.command("backends")
+def backends_command(
+    head_dim: Annotated[int, typer.Option("--head-dim", help="Width of a head.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", help="Queries and keys.")] = 1024,
+    training: Annotated[bool, typer.Option("--training", help="A gradient is needed.")] = False,
+) -> None:
+    """Say which attention backends this machine has, and why not the others."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float)
+    query = torch.zeros(1, 8, tokens, head_dim, device=device, dtype=dtype, requires_grad=training)
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    kind = "training" if training else "inference"
+    _note(f"{where}, {dtype}, {kind}, {tokens} tokens, head dim {head_dim}")
+    for precision in ("exact", "int8"):
+        explained = explain(query, query, query, precision=precision)
+        for name, reasons in explained.reasons.items():
+            verdict = "serves" if name == explained.chosen else "could serve"
+            line = f"{precision:<6} {name:<14} {'; '.join(reasons) or verdict}"
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _note(line: str) -> None:
+    notes.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_scores(test: Evaluation) -> None:
+    table = Table("test", "MSE", "MAE", "CRPS")
+    for name, scores in test.scores.items():
+        table.add_row(name, *(f"{scores[score]:.4f}" for score in ("mse", "mae", "crps")))
+    out.print(table)
+    out.print(
+        f"{test.windows} of {test.windows_in_all} test windows, evenly spaced; {test.samples} draws"
+        f" of {test.sampling_steps} DDIM steps. Units: deviations of the training part. The CRPS of"
+        " a point forecast is its MAE.",
+        highlight=False,
+    )
+
+
+def _print_forecast(result: Forecast, frame: Any) -> None:
+    count = len(result.horizons)
+    stride = -(-count // HORIZONS_SHOWN)
+    shown = frame[frame["ahead"].isin(result.horizons[stride - 1 :: stride])]
+    table = Table(*(str(name) for name in frame.columns))
+    for row in shown.itertuples(index=False):
+        table.add_row(*(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row))
+    out.print(table)
+    if stride > 1:
+        rows = len(shown) // len(result.names)
+        out.print(f"{rows} of {count} horizons shown; the CSV file has all", highlight=False)

@@ -1,0 +1,244 @@
+"""Runs that end, break, resume bit for bit, and never hide a failure."""
+
+import json
+import math
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import tiny_config
+
+from ldm4ts_kernels.checkpoints import CheckpointError, find_checkpoints
+from ldm4ts_kernels.data import OptionError, load_splits
+from ldm4ts_kernels.model import LDM4TSModel
+from ldm4ts_kernels.training import (
+    SeededBatches,
+    StepReport,
+    TrainingError,
+    TrainingInterrupted,
+    learning_rate_at,
+    train,
+)
+
+
+def weights(directory: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(directory) / "model" / "model.safetensors")
+
+
+def records(directory: Path | str) -> list[dict]:
+    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").open()]
+
+
+def stop_at(stage: str, step: int):
+    return lambda report: (report.stage, report.step) == (stage, step)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run without a break, and the reports that it gave."""
+    reports: list[StepReport] = []
+    config = tiny_config(tmp_path_factory.mktemp("whole"))
+    result = train(config, reports.append)
+    return config, result, reports
+
+
+def test_a_run_leaves_a_model_a_log_and_test_scores(whole_run):
+    config, result, _ = whole_run
+    assert result.directory == Path(config.output)
+    model = LDM4TSModel.from_pretrained(result.directory / "model", device="cpu")
+    assert not model.needs_autoencoder_training
+    stored = json.loads((result.directory / "test_metrics.json").read_text())
+    assert stored["scores"] == result.test.scores
+    assert set(result.test.scores) == {"ldm4ts", "last value", "seasonal naive"}
+    assert all(math.isfinite(v) for s in result.test.scores.values() for v in s.values())
+    logged = [(record["stage"], record["step"]) for record in records(config.output)]
+    assert logged == [("autoencoder", s) for s in (1, 2, 3)] + [
+        ("forecaster", s) for s in (1, 2, 3, 4)
+    ]
+    kept = [
+        str(checkpoint.position)
+        for checkpoint in find_checkpoints(result.directory / "checkpoints")
+    ]
+    assert kept == ["forecaster-2", "forecaster-4"]
+
+
+def test_reports_name_losses_speed_and_the_backend_that_serves(whole_run):
+    _, _, reports = whole_run
+    forecaster = [report for report in reports if report.stage == "forecaster"]
+    assert set(forecaster[0].losses) == {"loss", "diffusion", "prediction"}
+    assert "sdpa ×" in str(forecaster[0].attention)
+    assert forecaster[0].peak_gib is None and forecaster[0].steps_per_second > 0
+    assert forecaster[-1].validation is not None and forecaster[0].validation is None
+    assert reports[-1].stage == "test"
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), [("autoencoder", 1), ("autoencoder", 3), ("forecaster", 3)]
+)
+def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(
+    whole_run, tmp_path, stage, step
+):
+    unbroken = whole_run[0]
+    config = tiny_config(tmp_path, data=unbroken.data)
+    with pytest.raises(TrainingInterrupted, match=f"--resume` goes on at {stage}-{step}"):
+        train(config, stop_at(stage, step))
+    torch.rand(5)  # what the process draws in between must not matter
+    train(tiny_config(tmp_path, data=unbroken.data, resume=True))
+    expected, got = weights(unbroken.output), weights(config.output)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    losses = [[record["losses"] for record in records(c.output)] for c in (unbroken, config)]
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_holds_the_optimizer_of_the_unbroken_run(whole_run, tmp_path):
+    unbroken = whole_run[0]
+    config = tiny_config(tmp_path, data=unbroken.data)
+    with pytest.raises(TrainingInterrupted):
+        train(config, stop_at("forecaster", 2))
+    train(tiny_config(tmp_path, data=unbroken.data, resume=True))
+    last = "checkpoints/forecaster-4"
+    for name in ("optimizer.safetensors", "random.safetensors"):
+        expected = load_file(Path(unbroken.output) / last / name)
+        got = load_file(Path(config.output) / last / name)
+        assert all(torch.equal(expected[key], got[key]) for key in expected), name
+    states = [Path(c.output, last, "state.json").read_text() for c in (unbroken, config)]
+    assert states[0] == states[1]
+
+
+def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path):
+    train(tiny_config(tmp_path))
+    seen: list[tuple[str, int]] = []
+    longer = tiny_config(tmp_path, resume=True, steps=6)
+    train(longer, lambda report: seen.append((report.stage, report.step)))
+    assert [step for stage, step in seen if stage == "forecaster"] == [5, 6]
+    assert len(records(longer.output)) == 3 + 6
+
+
+def test_a_used_output_directory_needs_resume(whole_run):
+    with pytest.raises(OptionError, match=r"holds a run; resume it \(--resume\)"):
+        train(whole_run[0])
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_a_good_checkpoint(
+    tmp_path, monkeypatch, step
+):
+    honest, calls = LDM4TSModel.loss, []
+
+    def poisoned(self, batch, generator=None):
+        calls.append(1)
+        losses = honest(self, batch, generator)
+        return {**losses, "loss": losses["loss"] * (math.nan if len(calls) == step else 1)}
+
+    monkeypatch.setattr(LDM4TSModel, "loss", poisoned)
+    config = tiny_config(tmp_path, log_every=10, checkpoint_every=1 if step == 2 else 2)
+    with pytest.raises(TrainingError, match=f"not finite at step {step} of the forecaster"):
+        train(config)
+    monkeypatch.undo()
+    last = find_checkpoints(Path(config.output) / "checkpoints")[-1]
+    assert last.position.step == step - 1
+    model = LDM4TSModel.from_pretrained(last.model_path, device="cpu")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_an_error_in_a_step_is_not_swallowed(tmp_path, monkeypatch):
+    def broken(self, batch, generator=None):
+        raise ZeroDivisionError("in the loss")
+
+    monkeypatch.setattr(LDM4TSModel, "loss", broken)
+    with pytest.raises(ZeroDivisionError, match="in the loss"):
+        train(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, kind):
+    config = tiny_config(tmp_path, checkpoint_every=100)
+
+    def interrupt(report):
+        if (report.stage, report.step) == ("forecaster", 2):
+            os.kill(os.getpid(), kind)
+
+    before = signal.getsignal(kind)
+    with pytest.raises(TrainingInterrupted, match="--resume"):
+        train(config, interrupt)
+    assert signal.getsignal(kind) is before
+    assert str(find_checkpoints(Path(config.output) / "checkpoints")[-1].position) in (
+        "forecaster-2",
+        "forecaster-3",
+    )
+
+
+def test_training_runs_in_a_thread(tmp_path):
+    """As a panel does it: signals are then the main thread's, and on_step stops the run."""
+    caught: list[str] = []
+
+    def run():
+        try:
+            train(tiny_config(tmp_path), stop_at("autoencoder", 2))
+        except TrainingInterrupted as stopped:
+            caught.append(str(stopped))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert "autoencoder-2" in caught[0]
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    config = tiny_config(tmp_path)
+    with pytest.raises(TrainingInterrupted):
+        train(config, stop_at("forecaster", 2))
+    path = Path(config.output, "checkpoints", "forecaster-2", "optimizer.safetensors")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: not readable"):
+        train(tiny_config(tmp_path, resume=True))
+
+
+def test_other_data_cannot_resume_a_run(tmp_path):
+    config = tiny_config(tmp_path)
+    with pytest.raises(TrainingInterrupted):
+        train(config, stop_at("autoencoder", 1))
+    path = Path(str(config.data.path))
+    path.write_text(path.read_text().replace("100.", "101."))
+    with pytest.raises(OptionError, match="data: the table differs"):
+        train(replace(config, resume=True))
+
+
+def test_a_bad_model_option_leaves_no_run_behind(tmp_path):
+    config = tiny_config(tmp_path, model_fields={"image_size": [30, 30]})
+    with pytest.raises(OptionError, match="model: image_size must be"):
+        train(config)
+    assert not Path(config.output).exists()
+
+
+def test_batches_depend_on_the_seed_and_the_step_alone():
+    whole = list(SeededBatches(10, 4, seed=3, first=0, last=7))
+    assert list(SeededBatches(10, 4, seed=3, first=5, last=7)) == whole[5:]
+    assert list(SeededBatches(10, 4, seed=4, first=0, last=7)) != whole
+    epoch = whole[0] + whole[1]
+    assert len(set(epoch)) == 8 and set(epoch) <= set(range(10))
+
+
+def test_a_batch_is_never_larger_than_the_part():
+    assert [sorted(batch) for batch in SeededBatches(3, 8, seed=0, first=0, last=2)] == [
+        [0, 1, 2]
+    ] * 2
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    rates = [learning_rate_at(step, 100, 1.0, warmup_steps=5) for step in range(1, 101)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+    assert learning_rate_at(1, 1, 1.0, warmup_steps=5) == pytest.approx(0.1)
+
+
+def test_splits_of_the_run_are_those_of_its_data(whole_run):
+    config, result, _ = whole_run
+    assert result.test.windows_in_all == len(load_splits(config.data).test)
