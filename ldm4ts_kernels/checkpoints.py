@@ -151,13 +151,18 @@ def restore_training_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimi
             f"got {state.get('format')!r}"
         )
     tensors = _read_tensors(checkpoint.path / "optimizer.safetensors")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = _unflatten(tensors, state["optimizer"])
+    for index, values in moments.items():
+        shape = parameters[index].shape if index < len(parameters) else None
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != shape:
+                raise CheckpointError(
+                    f"{checkpoint.path}: of another model: {name} of parameter {index} has shape "
+                    f"{tuple(value.shape)}, expected {shape and tuple(shape)}"
+                )
     groups = optimizer.state_dict()["param_groups"]
-    try:
-        optimizer.load_state_dict(
-            {"state": _unflatten(tensors, state["optimizer"]), "param_groups": groups}
-        )
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}: not of this model: {error}") from error
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     _restore_random_state(_read_tensors(checkpoint.path / "random.safetensors"), state["random"])
 
 

@@ -101,7 +101,7 @@ def test_a_run_keeps_what_shapes_its_weights(tmp_path, change):
 def test_a_run_of_other_data_by_name_is_an_error(tmp_path):
     config = begun(tiny_config(tmp_path))
     resumed = plan({"output": config.output, "resume": True, "data": {"name": "sp500"}})
-    with pytest.raises(OptionError, match="^data: .* was trained with"):
+    with pytest.raises(OptionError, match=r"^data: .* was trained with"):
         open_run(resumed, SCALER)
 
 
