@@ -31,13 +31,21 @@ inline const DeviceLimits& device_limits() {
 }
 
 template <auto kKernel>
+int probe() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kKernel);
+  cudaGetLastError();  // a reason to decline is no error of the next launch
+  return error;
+}
+
+template <auto kKernel>
 int launch(int64_t blocks, int threads, int shared_bytes, const FlashParams& p,
            cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
   kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(p);

@@ -14,7 +14,8 @@ LDM_DEVICE void for_each_element(float (&c)[kRowTiles][kColumnTiles][4], int row
   LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
     LDM_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
       LDM_UNROLL for (int e = 0; e < 4; ++e) {
-        visit(c[r][n][e], row + r * 16 + lane / 4 + e / 2 * 8, column + n * 8 + lane % 4 * 2 + e % 2);
+        visit(c[r][n][e], row + r * 16 + lane / 4 + e / 2 * 8,
+              column + n * 8 + lane % 4 * 2 + e % 2);
       }
     }
   }
@@ -29,8 +30,8 @@ LDM_DEVICE int key_limit(const FlashParams& p, int query) {
 template <typename T>
 LDM_DEVICE float mask_term(const FlashParams& p, int batch, int head, int query, int key) {
   if (p.mask_kind == kNoMask) return 0.0f;
-  const int64_t at = batch * p.mask.batch + head * p.mask.head + query * p.mask.row +
-                     key * p.mask_col;
+  const int64_t at =
+      batch * p.mask.batch + head * p.mask.head + query * p.mask.row + key * p.mask_col;
   if (p.mask_kind == kBoolMask) {
     return static_cast<const uint8_t*>(p.mask.data)[at] ? 0.0f : -INFINITY;
   }

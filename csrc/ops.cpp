@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "check.h"
 #include "dispatch.h"
@@ -43,10 +44,10 @@ void set_mask(FlashParams& p, const std::optional<Tensor>& attn_mask, const Tens
   STD_TORCH_CHECK(fits, "attn_mask must broadcast to (", p.batch, ", ", p.heads, ", ", p.q_len,
                   ", ", p.k_len, ") on the device of query, got ", shape_of(mask));
   const ScalarType dtype = mask.scalar_type();
-  p.mask_kind = dtype == ScalarType::Bool            ? kBoolMask
-                : dtype == ScalarType::Float         ? kFloatMask
-                : dtype == query.scalar_type()       ? kElementMask
-                                                     : kNoMask;
+  p.mask_kind = dtype == ScalarType::Bool      ? kBoolMask
+                : dtype == ScalarType::Float   ? kFloatMask
+                : dtype == query.scalar_type() ? kElementMask
+                                               : kNoMask;
   STD_TORCH_CHECK(p.mask_kind != kNoMask, "attn_mask must be bool, float32 or of query's dtype");
   p.mask = {mask.data_ptr(), steps[0], steps[1], steps[2], 0};
   p.mask_col = steps[3];
@@ -110,6 +111,63 @@ std::tuple<Tensor, Tensor> flash_forward(const Tensor& query, const Tensor& key,
   return {out, lse};
 }
 
+// How dq comes about, and the memory that takes; see sm80/flash_bwd.cuh. Returns the workspace.
+std::optional<Tensor> plan_query_gradient(FlashParams& p, const Tensor& query, bool deterministic) {
+  return with_head_dim(p.head_dim, [&](auto dim) -> std::optional<Tensor> {
+    const bool one_block = p.k_len <= flash_bwd_block_keys<dim.value>();
+    p.fused_delta = one_block;
+    p.dq_mode = one_block ? kStoreOnce : deterministic ? kSeparateKernel : kAtomic;
+    if (p.dq_mode != kAtomic) return std::nullopt;
+    Tensor workspace =
+        torch::stable::new_empty(query, {flash_bwd_workspace<dim.value>(p)}, ScalarType::Float);
+    p.dq_accum = floats(workspace);
+    return workspace;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tensor& query,
+                                                  const Tensor& key, const Tensor& value,
+                                                  const Tensor& out, const Tensor& lse,
+                                                  const std::optional<Tensor>& attn_mask,
+                                                  const std::optional<Tensor>& dlse, bool is_causal,
+                                                  double scale, bool deterministic) {
+  FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale);
+  for (const auto& [name, tensor] : {std::pair("dout", &dout), std::pair("out", &out)}) {
+    check_operand(name, *tensor, query);
+    check_shape(name, *tensor, p.batch, p.heads, p.q_len, p.head_dim);
+  }
+  check_rows("lse", lse, query);
+  if (dlse) check_rows("dlse", *dlse, query);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  Tensor dq = torch::stable::empty_like(query);
+  Tensor dk = torch::stable::empty_like(key);
+  Tensor dv = torch::stable::empty_like(value);
+  if (p.k_len == 0) return {torch::stable::zero_(dq), dk, dv};
+  const Tensor delta = empty_rows(query);
+  const std::optional<Tensor> workspace = plan_query_gradient(p, query, deterministic);
+  p.o = strided(out);
+  p.d_o = strided(dout);
+  p.dq = strided(dq);
+  p.dk = strided(dk);
+  p.dv = strided(dv);
+  p.lse = floats(lse);
+  p.delta = floats(delta);
+  p.dlse = dlse ? floats(*dlse) : nullptr;
+  const cudaStream_t stream = current_stream(query);
+  check_launch("flash_backward", with_head_dim(p.head_dim, [&](auto dim) {
+                 return launch_flash_bwd<dim.value>(p, stream);
+               }));
+  return {dq, dk, dv};
+}
+
+// Why these kernels cannot run on a device (an old driver, no machine code for it), or "".
+std::string device_error(int64_t index) {
+  STD_TORCH_CHECK(index >= 0, "index must be that of a CUDA device, got ", index);
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(index));
+  const int error = probe_flash_fwd<16>();
+  return error == cudaSuccess ? "" : cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
 }  // namespace
 }  // namespace ldm
 
@@ -117,8 +175,18 @@ STABLE_TORCH_LIBRARY(ldm4ts_kernels, m) {
   m.def(
       "flash_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
       "float scale) -> (Tensor, Tensor)");
+  m.def(
+      "flash_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "Tensor? attn_mask, Tensor? dlse, bool is_causal, float scale, bool deterministic) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("device_error(int index) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ldm4ts_kernels, CUDA, m) {
   m.impl("flash_forward", TORCH_BOX(&ldm::flash_forward));
+  m.impl("flash_backward", TORCH_BOX(&ldm::flash_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ldm4ts_kernels, CompositeExplicitAutograd, m) {
+  m.impl("device_error", TORCH_BOX(&ldm::device_error));
 }

@@ -55,6 +55,10 @@ int launch_flash_fwd(const FlashParams& p, cudaStream_t stream);
 template <int kHeadDim>
 int launch_flash_bwd(const FlashParams& p, cudaStream_t stream);
 
+// Whether the forward's machine code runs on the current device.
+template <int kHeadDim>
+int probe_flash_fwd();
+
 // The keys that one block of the backward holds, and the floats of its dq workspace.
 template <int kHeadDim>
 int flash_bwd_block_keys();

@@ -75,7 +75,9 @@ class Case:
 
     def __str__(self) -> str:
         named = {field.name: field.default for field in fields(self)}
-        changed = {name: getattr(self, name) for name in named if getattr(self, name) != named[name]}
+        changed = {
+            name: getattr(self, name) for name in named if getattr(self, name) != named[name]
+        }
         return " ".join(f"{name}={value}" for name, value in changed.items()).replace("torch.", "")
 
     def empty(self, heads: int, length: int) -> Tensor:
@@ -207,7 +209,11 @@ def run_backward(library, case: Case, ran: Forward, dout: Tensor, dlse: Tensor |
     params = ran.params
     delta = torch.full_like(ran.lse, torch.nan)
     workspace = torch.full((library.workspace(ctypes.byref(params)),), torch.nan)
-    params.d_o, params.delta, params.dq_accum = strided(dout), delta.data_ptr(), workspace.data_ptr()
+    params.d_o, params.delta, params.dq_accum = (
+        strided(dout),
+        delta.data_ptr(),
+        workspace.data_ptr(),
+    )
     params.dlse = 0 if dlse is None else dlse.data_ptr()
     params.dq, params.dk, params.dv = map(strided, grads)
     params.dq_mode, params.fused_delta = mode, mode == STORE_ONCE
@@ -266,12 +272,16 @@ def test_forward_is_as_accurate_as_torch_in_its_dtype(kernels, case):
     check_forward(library_for(kernels, case), case)
 
 
-@pytest.mark.parametrize("case", [Case(49, 49, 40), Case(60, 33, 64, BF16, is_causal=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(49, 49, 40), Case(60, 33, 64, BF16, is_causal=True)], ids=str
+)
 def test_short_backward_in_one_launch_is_as_accurate_as_torch(kernels, case):
     check_backward(library_for(kernels, case), case, STORE_ONCE)
 
 
 @pytest.mark.parametrize("mode", [SEPARATE, ATOMIC], ids=["separate", "atomic"])
-@pytest.mark.parametrize("case", [Case(150, 200, 40), Case(60, 333, 64, BF16, is_causal=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(150, 200, 40), Case(60, 333, 64, BF16, is_causal=True)], ids=str
+)
 def test_long_backward_is_as_accurate_as_torch(kernels, case, mode):
     check_backward(library_for(kernels, case), case, mode)

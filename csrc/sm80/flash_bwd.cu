@@ -1,9 +1,8 @@
 // Compiled once for each LDM_HEAD_DIM: launches the backward, in one launch where the keys allow.
-#include "flash_bwd.cuh"
-
 #include <launch.cuh>
 
 #include "../dispatch.h"
+#include "flash_bwd.cuh"
 #include "flash_bwd_dq.cuh"
 
 namespace ldm {
@@ -24,8 +23,8 @@ int launch_passes(const FlashParams& p, cudaStream_t stream) {
   }
   const int64_t key_blocks =
       static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div(p.k_len, C::kBlockK);
-  error = launch<flash_bwd_kernel<T, C, kHasMask>>(key_blocks, C::kThreads, C::kSharedBytes, p,
-                                                   stream);
+  error =
+      launch<flash_bwd_kernel<T, C, kHasMask>>(key_blocks, C::kThreads, C::kSharedBytes, p, stream);
   if (error || p.dq_mode == kStoreOnce) return error;
   if (p.dq_mode == kAtomic) {
     return launch<flash_bwd_round_kernel<T, C>>(query_blocks<C>(p), C::kThreads, 0, p, stream);

@@ -7,8 +7,9 @@
 //
 // dq, by p.dq_mode:
 //   kStoreOnce       one block holds all keys: it writes dq. One launch, no workspace, no atomics.
-//   kAtomic          blocks add to a float32 workspace; another launch rounds it. Not deterministic.
-//   kSeparateKernel  not computed here but by flash_bwd_dq.cuh, which recomputes the scores: 7
+//   kAtomic          blocks add to a float32 workspace; another launch rounds it. Not
+//   deterministic. kSeparateKernel  not computed here but by flash_bwd_dq.cuh, which recomputes the
+//   scores: 7
 //                    products instead of 5, for a result that is the same in every run.
 #pragma once
 #include "../mask.cuh"
@@ -50,7 +51,8 @@ LDM_DEVICE float row_delta(const FlashParams& p, int batch, int head, int query)
   const Rows o = rows_of(p.o, batch, head), d_o = rows_of(p.d_o, batch, head);
   float sum = 0.0f;
   for (int d = thread_index() % kWarp; d < p.head_dim; d += kWarp) {
-    sum += to_float(T{o.data[query * o.stride + d]}) * to_float(T{d_o.data[query * d_o.stride + d]});
+    sum +=
+        to_float(T{o.data[query * o.stride + d]}) * to_float(T{d_o.data[query * d_o.stride + d]});
   }
   LDM_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
   const int64_t row = (static_cast<int64_t>(batch) * p.heads + head) * p.q_len + query;
@@ -171,14 +173,16 @@ LDM_DEVICE void query_gradient(T type, const FlashParams& p, Tile<C::kBlockQ> ds
     return;
   }
   const int64_t head_index = static_cast<int64_t>(batch) * p.heads + head;
-  float* target = share.workspace(p, head_index * ceil_div(p.q_len, C::kBlockQ) + query / C::kBlockQ);
+  float* target =
+      share.workspace(p, head_index * ceil_div(p.q_len, C::kBlockQ) + query / C::kBlockQ);
   LDM_UNROLL for (int n = 0; n < C::kDqColumns / 8; ++n) {
     LDM_UNROLL for (int e = 0; e < 4; ++e) add_atomic(target + (n * 4 + e) * kWarp, dq[n][e]);
   }
 }
 
 template <typename T, class C, bool kHasMask>
-LDM_KERNEL(C::kThreads, 1) flash_bwd_kernel(LDM_PARAMS p) {
+LDM_KERNEL(C::kThreads, 1)
+flash_bwd_kernel(LDM_PARAMS p) {
   const int k_tiles = ceil_div(p.k_len, C::kBlockK);
   const int group = p.heads / p.kv_heads;
   const int k_begin = static_cast<int>(block_index() % k_tiles) * C::kBlockK;
@@ -268,7 +272,8 @@ LDM_KERNEL(C::kThreads, 1) flash_bwd_kernel(LDM_PARAMS p) {
 
 // A block per tile of queries: delta of its rows, and zeros in its part of the workspace.
 template <typename T, class C>
-LDM_KERNEL(C::kThreads, 1) flash_bwd_prepare_kernel(LDM_PARAMS p) {
+LDM_KERNEL(C::kThreads, 1)
+flash_bwd_prepare_kernel(LDM_PARAMS p) {
   const int q_tiles = ceil_div(p.q_len, C::kBlockQ);
   const int64_t head_index = block_index() / q_tiles;
   const int batch = static_cast<int>(head_index / p.heads);
@@ -285,12 +290,13 @@ LDM_KERNEL(C::kThreads, 1) flash_bwd_prepare_kernel(LDM_PARAMS p) {
 
 // A block per tile of queries: dq from the workspace, scaled and rounded.
 template <typename T, class C>
-LDM_KERNEL(C::kThreads, 1) flash_bwd_round_kernel(LDM_PARAMS p) {
+LDM_KERNEL(C::kThreads, 1)
+flash_bwd_round_kernel(LDM_PARAMS p) {
   const int q_tiles = ceil_div(p.q_len, C::kBlockQ);
   const int64_t head_index = block_index() / q_tiles;
   const int query = static_cast<int>(block_index() % q_tiles) * C::kBlockQ;
-  const Rows dq = rows_of(p.dq, static_cast<int>(head_index / p.heads),
-                          static_cast<int>(head_index % p.heads));
+  const Rows dq =
+      rows_of(p.dq, static_cast<int>(head_index / p.heads), static_cast<int>(head_index % p.heads));
   const DqShare<C> share;
   const float* source = share.workspace(p, block_index());
   LDM_UNROLL for (int n = 0; n < C::kDqColumns / 8; ++n) {

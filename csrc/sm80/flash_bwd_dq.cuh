@@ -18,7 +18,8 @@ LDM_DEVICE void score_gradient(float (&s)[1][C::kBlockK / 8][4],
   const bool whole = key + C::kBlockK <= key_limit(p, query);
   LDM_UNROLL for (int n = 0; n < C::kBlockK / 8; ++n) {
     LDM_UNROLL for (int e = 0; e < 4; ++e) {
-      const int at_query = query + lane / 4 + e / 2 * 8, at_key = key + n * 8 + lane % 4 * 2 + e % 2;
+      const int at_query = query + lane / 4 + e / 2 * 8,
+                at_key = key + n * 8 + lane % 4 * 2 + e % 2;
       float x = s[0][n][e] * (p.scale * kLog2e) - lse[e / 2];
       if constexpr (kHasMask) {
         if (at_query < p.q_len && at_key < p.k_len) {
@@ -33,7 +34,8 @@ LDM_DEVICE void score_gradient(float (&s)[1][C::kBlockK / 8][4],
 }
 
 template <typename T, class C, bool kHasMask>
-LDM_KERNEL(C::kThreads, 1) flash_bwd_dq_kernel(LDM_PARAMS p) {
+LDM_KERNEL(C::kThreads, 1)
+flash_bwd_dq_kernel(LDM_PARAMS p) {
   const int q_tiles = ceil_div(p.q_len, C::kBlockQ);
   const int64_t head_index = block_index() / q_tiles;
   const int q_begin = (q_tiles - 1 - static_cast<int>(block_index() % q_tiles)) * C::kBlockQ;

@@ -1,9 +1,8 @@
 // Compiled once for each LDM_HEAD_DIM: chooses the tile, launches the forward.
-#include "flash_fwd.cuh"
-
 #include <launch.cuh>
 
 #include "../dispatch.h"
+#include "flash_fwd.cuh"
 
 namespace ldm {
 
@@ -37,6 +36,12 @@ int launch_flash_fwd(const FlashParams& p, cudaStream_t stream) {
   });
 }
 
+template <int kHeadDim>
+int probe_flash_fwd() {
+  return probe<flash_fwd_kernel<Half, FwdTiles<kHeadDim, true>, false>>();
+}
+
+template int probe_flash_fwd<LDM_HEAD_DIM>();
 template int launch_flash_fwd<LDM_HEAD_DIM>(const FlashParams& p, cudaStream_t stream);
 
 }  // namespace ldm

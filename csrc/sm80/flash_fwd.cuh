@@ -22,8 +22,8 @@ struct KeyValueRing {
   // Every step commits a group, an empty one past the end, so that waiting can count groups.
   LDM_DEVICE void start(int step) const {
     if (step < steps) {
-      load_tile<C::kBlockK, C::kThreads>(slot(step), step % 2 == 0 ? k : v,
-                                         step / 2 * C::kBlockK, k_len, head_dim);
+      load_tile<C::kBlockK, C::kThreads>(slot(step), step % 2 == 0 ? k : v, step / 2 * C::kBlockK,
+                                         k_len, head_dim);
     }
     copy_commit();
   }
@@ -121,7 +121,8 @@ LDM_DEVICE void finish_rows(T type, float (&out)[C::kRowTiles][C::kHeadDim / 8][
 }
 
 template <typename T, class C, bool kHasMask>
-LDM_KERNEL(C::kThreads, 1) flash_fwd_kernel(LDM_PARAMS p) {
+LDM_KERNEL(C::kThreads, 1)
+flash_fwd_kernel(LDM_PARAMS p) {
   constexpr int kWarpRows = C::kRowTiles * 16;
   const int q_tiles = ceil_div(p.q_len, C::kBlockQ);
   const int64_t head_index = block_index() / q_tiles;
@@ -166,8 +167,8 @@ LDM_KERNEL(C::kThreads, 1) flash_fwd_kernel(LDM_PARAMS p) {
   }
   copy_wait<0>();
   sync_block();
-  finish_rows<T, C>(T(), out, softmax, q_tile.rows_from(warp_row),
-                    p.lse + head_index * p.q_len, scale, row, p.q_len);
+  finish_rows<T, C>(T(), out, softmax, q_tile.rows_from(warp_row), p.lse + head_index * p.q_len,
+                    scale, row, p.q_len);
   sync_block();
   store_tile<C::kBlockQ, C::kThreads>(rows_of(p.o, batch, head), q_tile, q_begin, p.q_len,
                                       p.head_dim);

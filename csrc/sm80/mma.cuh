@@ -34,9 +34,7 @@ LDM_DEVICE float exp2_approx(float x) {
   return y;
 }
 LDM_DEVICE float natural_log(float x) { return __logf(x); }
-LDM_DEVICE float shuffle_xor(float x, int lanes) {
-  return __shfl_xor_sync(0xffffffffu, x, lanes);
-}
+LDM_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 LDM_DEVICE float to_float(Half x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));

@@ -22,12 +22,13 @@ struct FwdRow {
 
 // Long sequences: 32 queries a warp, so that every fragment of K and V serves two products.
 constexpr FwdRow kFwdWide[] = {
-    {16, 4, 2, 64, 4, true},   {32, 4, 2, 64, 4, true},   {40, 4, 2, 64, 4, true},
-    {48, 4, 2, 64, 4, true},   {64, 4, 2, 64, 4, true},   {80, 4, 2, 64, 4, true},
-    {96, 4, 2, 64, 4, false},  {112, 4, 2, 64, 3, false}, {128, 4, 2, 64, 3, false},
-    {160, 8, 1, 64, 2, true},  {192, 8, 1, 64, 2, true},  {256, 8, 1, 32, 2, false},
+    {16, 4, 2, 64, 4, true},  {32, 4, 2, 64, 4, true},   {40, 4, 2, 64, 4, true},
+    {48, 4, 2, 64, 4, true},  {64, 4, 2, 64, 4, true},   {80, 4, 2, 64, 4, true},
+    {96, 4, 2, 64, 4, false}, {112, 4, 2, 64, 3, false}, {128, 4, 2, 64, 3, false},
+    {160, 8, 1, 64, 2, true}, {192, 8, 1, 64, 2, true},  {256, 8, 1, 32, 2, false},
 };
-// Few queries, or a grid too small for the GPU: 64 queries a block; 80 keys, so that 77 are one tile.
+// Few queries, or a grid too small for the GPU: 64 queries a block; 80 keys, so that 77 are one
+// tile.
 constexpr FwdRow kFwdNarrow[] = {
     {16, 4, 1, 80, 4, true},  {32, 4, 1, 80, 4, true},  {40, 4, 1, 80, 4, true},
     {48, 4, 1, 80, 4, true},  {64, 4, 1, 80, 4, true},  {80, 4, 1, 80, 3, true},
@@ -89,16 +90,16 @@ struct BwdTiles {
   static constexpr int kBlockK = kKeyWarps * kWarpKeys;
   static constexpr int kBlockQ = kRow.block_q;
   static constexpr int kStages = kRow.stages;
-  static constexpr int kWarpQueries = kBlockQ / kColumnWarps;         // columns of Sᵀ, a warp
-  static constexpr int kWarpColumns = kPadded / kColumnWarps;         // of dK and dV, a warp
+  static constexpr int kWarpQueries = kBlockQ / kColumnWarps;  // columns of Sᵀ, a warp
+  static constexpr int kWarpColumns = kPadded / kColumnWarps;  // of dK and dV, a warp
   static constexpr int kDqRowWarps = kBlockQ / 16 < kWarps ? kBlockQ / 16 : kWarps;
   static constexpr int kDqColumns = ceil_div(kPadded / 16, kWarps / kDqRowWarps) * 16;
-  static constexpr int kDqFloats = kWarps * 16 * kDqColumns;          // of one query tile
-  static constexpr int kStageBytes = 2 * kBlockQ * kPadded * 2;       // Q, dO
-  static constexpr int kScoreBytes = kBlockK * kBlockQ * 2;           // dS; P where warps share it
+  static constexpr int kDqFloats = kWarps * 16 * kDqColumns;     // of one query tile
+  static constexpr int kStageBytes = 2 * kBlockQ * kPadded * 2;  // Q, dO
+  static constexpr int kScoreBytes = kBlockK * kBlockQ * 2;      // dS; P where warps share it
   static constexpr int kSharedBytes = 2 * kBlockK * kPadded * 2 + kStages * kStageBytes +
                                       (kColumnWarps > 1 ? 2 : 1) * kScoreBytes +
-                                      kStages * 2 * kBlockQ * 4;      // lse, delta
+                                      kStages * 2 * kBlockQ * 4;  // lse, delta
   static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
   static_assert(kWarpQueries % 16 == 0 && kWarpColumns % 16 == 0, "an operand is 16 wide");
   static_assert(kWarps % kDqRowWarps == 0 && kDqRowWarps * 16 == kBlockQ, "dQ is not covered");

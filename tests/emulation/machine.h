@@ -54,8 +54,8 @@ struct Word {
 
 class Machine {
  public:
-  std::string error;              // the first one
-  int64_t conflicts = 0;          // 8-row phases of ldmatrix that hit a bank twice
+  std::string error;      // the first one
+  int64_t conflicts = 0;  // 8-row phases of ldmatrix that hit a bank twice
   std::vector<unsigned char> shared;
 
   void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {

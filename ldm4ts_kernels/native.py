@@ -1,0 +1,146 @@
+"""The compiled kernels: loads the extension once, gives it fake kernels and a gradient.
+
+The extension is one shared library on LibTorch's stable ABI (csrc/). Where it is missing or does
+not load, `load_error` says why, and everything else in the package works without it.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LIBRARY = Path(__file__).with_name("_C.so")
+MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def load_error() -> str | None:
+    """Load the extension if that has not happened yet; return why it cannot be used, or None."""
+    if not LIBRARY.exists():
+        return "the compiled extension is not part of this install (reinstall where nvcc is found)"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:  # torch keeps the loader's own sentence as the cause
+        return f"the compiled extension does not load: {error.__cause__ or error}"
+    _register_fakes()
+    return None
+
+
+@functools.cache
+def device_error(index: int) -> str | None:
+    """Return why the loaded kernels cannot run on CUDA device `index`, or None.
+
+    An old driver or a GPU for which the extension holds no machine code, in CUDA's own words.
+    """
+    reason = torch.ops.ldm4ts_kernels.device_error.default(index)
+    return f"the compiled kernels do not run on cuda:{index}: {reason}" if reason else None
+
+
+def _register_fakes() -> None:
+    """Tell torch.compile and torch.export the outputs' shapes, dtypes and strides."""
+
+    @torch.library.register_fake("ldm4ts_kernels::flash_forward")
+    def _flash_forward(
+        query: Tensor,  # (B, H, Q, D)
+        key: Tensor,  # (B, G, K, D)
+        value: Tensor,  # (B, G, K, D)
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:  # (B, H, Q, D), (B, H, Q)
+        return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+    @torch.library.register_fake("ldm4ts_kernels::flash_backward")
+    def _flash_backward(
+        dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class _FlashAttention(torch.autograd.Function):
+    # Outside the operator: register_autograd costs twice as much a call (docs/kernels.md).
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.ldm4ts_kernels.flash_forward.default(
+            query, key, value, attn_mask, is_causal, scale
+        )
+        ctx.save_for_backward(query, key, value, attn_mask, out, lse)
+        ctx.is_causal, ctx.scale = is_causal, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        query, key, value, attn_mask, out, lse = ctx.saved_tensors
+        if dout is None:  # the loss depends on the LSE alone
+            dout = torch.zeros_like(out)
+        elif dout.stride(-1) != 1:  # such as the expanded gradient of a sum
+            dout = dout.contiguous()
+        grads = torch.ops.ldm4ts_kernels.flash_backward.default(
+            dout,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            attn_mask,
+            dlse if dlse is None else dlse.contiguous(),
+            ctx.is_causal,
+            ctx.scale,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        return *grads, None, None, None
+
+
+def flash_attention(
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, G, K, D)
+    value: Tensor,  # (B, G, K, D)
+    attn_mask: Tensor | None = None,  # broadcasts to (B, H, Q, K); bool: True attends; float: added
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # (B, H, Q, D), (B, H, Q)
+    """Compute softmax(scale * query @ keyᵀ + mask) @ value, without the scores in memory.
+
+    float16 and bfloat16 on a CUDA device from sm_80 on, D ≤ 256, H a multiple of G; products
+    accumulate in float32. `is_causal` is aligned top left, as SDPA aligns it. Strides are free but
+    the last, which must be 1. `scale` is D ** -0.5 when None. The mask is bool, float32 or of the
+    query's dtype, and gets no gradient; there is no dropout. The natural-log LSE comes as float32
+    and carries a gradient. A row that sees no key gives 0 and LSE -inf.
+
+    The backward is one launch while the keys fit one block (`csrc/sm80/tiles.h`). Beyond that dq is
+    summed by float32 atomics, in an order that differs from run to run, unless
+    `torch.use_deterministic_algorithms` asks for the slower kernel that recomputes the scores.
+
+    Source: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2.
+
+    Raises:
+        RuntimeError: the extension is not usable (`load_error`), or an argument is not as above:
+            the message names it.
+    """
+    if error := load_error():
+        raise RuntimeError(error)
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("attn_mask must not require a gradient: these kernels compute none")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
+    if needs_grad and torch.is_grad_enabled():
+        out, lse = _FlashAttention.apply(query, key, value, attn_mask, is_causal, scale)
+    else:
+        out, lse = torch.ops.ldm4ts_kernels.flash_forward.default(
+            query, key, value, attn_mask, is_causal, scale
+        )
+    return (out, lse) if return_lse else out
