@@ -157,11 +157,12 @@ def constant(function: Callable[..., R]) -> Callable[..., R]:
     """Compute once per arguments, and be a constant to Dynamo, which cannot trace an import."""
     cached = functools.cache(function)
 
-    @torch.compiler.assume_constant_result
     @functools.wraps(function)
     def look_up(*args: Hashable) -> R:
         return cached(*args)
 
+    # What torch.compiler.assume_constant_result sets; calling it would import all of Dynamo.
+    look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return look_up
 
 

@@ -10,12 +10,13 @@ def assert_as_accurate_as(
     exact: Tensor,  # the reference run in float64
     name: str,
     slack: float = 2.0,
+    roundings: float = 1.0,
 ) -> None:
-    """Require the error of `actual` to be within `slack` of the reference's own, plus a rounding."""
+    """Require the error of `actual` to be within `slack` of the reference's own, plus roundings."""
     exact = exact.double()
     error = (actual.double() - exact).abs().max().item() if exact.numel() else 0.0
     own = (rounded.double() - exact).abs().max().item() if exact.numel() else 0.0
     largest = exact.abs().max().item() if exact.numel() else 0.0
-    budget = slack * own + torch.finfo(actual.dtype).eps * largest
+    budget = slack * own + roundings * torch.finfo(actual.dtype).eps * largest
     assert torch.isfinite(actual).all(), f"{name}: non-finite values"
     assert error <= budget, f"{name}: error {error:.2e} exceeds {budget:.2e}"

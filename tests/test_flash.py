@@ -42,8 +42,14 @@ def compare(leaves: tuple[Tensor, ...], options: dict, *, keep: Tensor | None = 
     rounded = results(reference.attention(*rounded_leaves, **plain), rounded_leaves)
     names = ("out", "lse", "dq", "dk", "dv", "dmask")
     assert seed is None or keep is not None
+    # The backward pass forms exp(S - LSE), and float32 rounds LSE itself: a relative error of
+    # |LSE| · eps in every weight, which plain torch, keeping the weights, does not have.
+    of_lse = max(1.0, exact[1].abs().max().item()) if leaves[0].dtype == torch.float32 else 1.0
     for name, own, near, true in zip(names, results(ours, leaves), rounded, exact, strict=False):
-        assert_as_accurate_as(own, near, true, name, slack=2.0 if name in ("out", "lse") else 3.0)
+        if name in ("out", "lse"):
+            assert_as_accurate_as(own, near, true, name)
+        else:
+            assert_as_accurate_as(own, near, true, name, slack=3.0, roundings=of_lse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,8 +81,7 @@ def test_large_shapes_are_as_accurate_as_plain_torch(shape, dtype, device, poiso
     ids=str,
 )
 def test_options_agree_with_the_reference(lengths, options, device, poison):
-    # Scores of moderate size: float32's LSE rounds to |LSE| · 6e-8, which plain torch never forms.
-    compare(draw(Shape(1, 2, 1, *lengths, 16), torch.float32, device, spread=0.5), options)
+    compare(draw(Shape(1, 2, 1, *lengths, 16), torch.float32, device), options)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 40, 70), (2, 1, 40, 1), (1, 1, 1, 70), (40, 70), (70,)])

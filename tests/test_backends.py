@@ -1,0 +1,151 @@
+"""The rows of the chains, and their adapters against wheels that record what they are given."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm4ts_kernels import backends
+from ldm4ts_kernels.backends import CHAINS, HALF, Arguments, Call, Requires
+from tests.cases import Shape, draw
+
+CPU = torch.device("cpu")
+CALL = Call(
+    device=CPU,
+    dtype=torch.float16,
+    batch=1,
+    heads=2,
+    kv_heads=2,
+    query_length=5,
+    key_length=7,
+    head_dim=64,
+    value_dim=64,
+    mask=None,
+    dropout=False,
+    is_causal=False,
+    needs_grad=False,
+    return_lse=False,
+    unit_stride=True,
+    default_stream=True,
+)
+
+
+def arguments(**changes) -> Arguments:
+    query, key, value = draw(Shape(1, 2, 2, 5, 7, 64), torch.float32, CPU)
+    return Arguments(query, key, value, None, 0.0, False, None, False)._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("requires", "change", "reason"),
+    [
+        (Requires(device="cuda"), {}, "needs a cuda device, got cpu"),
+        (Requires(capability=(8, 0)), {}, "needs sm_80 or later, got sm_00"),
+        (Requires(capabilities=frozenset({(8, 9)})), {}, "is built for sm_89 alone, got sm_00"),
+        (Requires(dtypes=HALF), {"dtype": torch.float32}, "takes bfloat16, float16, got float32"),
+        (Requires(head_dims=frozenset({64})), {"head_dim": 40}, "takes head dims [64], got 40"),
+        (Requires(max_head_dim=256), {"value_dim": 512}, "takes head dims up to 256, got 512"),
+        (Requires(unequal_head_dims=False), {"value_dim": 32}, "needs one head dim, got 64"),
+        (Requires(any_stride=False), {"unit_stride": False}, "needs stride 1"),
+        (Requires(masks=frozenset()), {"mask": "boolean"}, "takes no boolean mask"),
+        (Requires(dropout=False), {"dropout": True}, "has no dropout"),
+        (Requires(grad=False), {"needs_grad": True}, "has no backward pass"),
+        (Requires(lse=False), {"return_lse": True}, "does not return the LSE"),
+        (
+            Requires(lse_grad=False),
+            {"return_lse": True, "needs_grad": True},
+            "an LSE that carries no gradient",
+        ),
+        (Requires(unequal_causal=False), {"is_causal": True}, "no top-left causal mask"),
+        (Requires(extra=(backends._no_keys,)), {"key_length": 0}, "needs at least one key"),
+        (Requires(extra=(backends._no_queries,)), {"batch": 0}, "needs at least one query"),
+        (Requires(extra=(backends._default_stream,)), {"default_stream": False}, "default stream"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_requirement_refuses_with_a_sentence_and_only_then(requires, change, reason):
+    (found,) = requires.unmet(CALL._replace(**change))
+    assert reason in found
+    if change:
+        assert requires.unmet(CALL) == []
+
+
+def test_every_chain_ends_in_sdpa_which_serves_every_plain_call():
+    for chain in CHAINS.values():
+        assert chain[-1].name == "sdpa"
+        assert chain[-1].requires.unmet(CALL) == []
+        assert len({row.name for row in chain}) == len(chain)
+
+
+def test_wheels_without_a_backward_are_never_used_under_grad():
+    for row in CHAINS["int8"]:
+        if row.name.startswith("sage"):
+            assert "has no backward pass" in row.requires.unmet(CALL._replace(needs_grad=True))
+
+
+@pytest.fixture
+def wheel(monkeypatch):
+    """Install a fake module whose functions record how they are called."""
+    calls = []
+
+    def install(name: str, function: str, result) -> list:
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            return result(*args)
+
+        module = types.ModuleType(name)
+        setattr(module, function, record)
+        monkeypatch.setitem(sys.modules, name, module)
+        return calls
+
+    return install
+
+
+def test_flash_attn_is_given_its_own_layout(wheel):
+    def attend(query, key, value):  # (B, N, H, D), the wheel's
+        return F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        ).transpose(1, 2)
+
+    calls = wheel("flash_attn", "flash_attn_func", attend)
+    given = arguments(scale=0.125)
+    torch.testing.assert_close(
+        backends._flash_attn(given), F.scaled_dot_product_attention(*given[:3])
+    )
+    ((query, _, _), options) = calls[0]
+    assert query.shape == (1, 5, 2, 64)
+    assert options["softmax_scale"] == 0.125
+
+
+def test_flash_attn_returns_the_lse_beside_the_output(wheel):
+    wheel("flash_attn", "flash_attn_func", lambda q, k, v: (q, torch.zeros(1, 2, 5), None))
+    out, lse = backends._flash_attn(arguments(return_lse=True))
+    assert out.shape == (1, 2, 5, 64)
+    assert lse.shape == (1, 2, 5)
+
+
+def test_sageattention_1_does_not_change_the_callers_key(wheel):
+    def smooth_in_place(query, key, value):
+        key -= key.mean(2, keepdim=True)  # what 1.0.6 does
+        return query
+
+    calls = wheel("sageattention", "sageattn", smooth_in_place)
+    given = arguments()
+    before = given.key.detach().clone()
+    with torch.no_grad():
+        backends._sageattention(given)
+    assert torch.equal(given.key, before)
+    ((_, key, _), options) = calls[0]
+    assert key.mean(2).abs().max() < 1e-6
+    assert options == {
+        "tensor_layout": "HND", "is_causal": False, "sm_scale": 0.125, "smooth_k": False
+    }  # fmt: skip
+
+
+def test_sageattention_2_is_given_only_keywords_of_its_signature(wheel):
+    calls = wheel("sageattention", "sageattn", lambda query, key, value: query)
+    with torch.no_grad():
+        backends._sageattention2(arguments(scale=0.5))
+    assert set(calls[0][1]) == {"tensor_layout", "is_causal", "sm_scale", "return_lse"}
+    assert calls[0][1]["sm_scale"] == 0.5

@@ -1,0 +1,63 @@
+"""The tiles of the Triton kernels, compiled for GPUs that are not here."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from benchmarks.resources import SHARED_LIMIT_KIB
+from ldm4ts_kernels.kernels import tuning
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("forward", "key_gradient", "query_gradient", "one_block")
+
+
+@pytest.mark.parametrize("head_dim", range(1, 257))
+def test_a_head_dim_is_covered_by_two_powers_of_two(head_dim):
+    first, second = tuning.split_head_dim(head_dim)
+    assert first + second >= head_dim
+    assert all(part == 0 or (part >= 16 and part & (part - 1) == 0) for part in (first, second))
+
+
+def test_the_head_dims_of_diffusion_models_are_not_padded_to_the_next_power_of_two():
+    covered = {dim: sum(tuning.split_head_dim(dim)) for dim in (40, 48, 80, 96, 160)}
+    assert covered == {40: 48, 48: 48, 80: 80, 96: 96, 160: 160}
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT_KIB)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_head_dim_length_and_dtype_has_a_tile(stage, capability):
+    for head_dim in range(1, 257):
+        for itemsize in (2, 4):
+            for key_length in (1, 77, 256, 100_000):
+                config = tuning.choose(stage, head_dim, itemsize, key_length, capability)
+                assert config.block_q >= 16
+                assert config.block_k >= 16
+
+
+def test_one_block_tiles_hold_all_keys():
+    for head_dim in range(1, 257):
+        for key_length in range(1, 129):
+            if tuning.fits_one_block(head_dim, 2, key_length):
+                config = tuning.choose("one_block", head_dim, 2, key_length, (8, 6))
+                assert config.block_k >= key_length
+
+
+@pytest.mark.parametrize(("capability", "head_dim"), [("86", "128"), ("90", "40")])
+def test_kernels_compile_for_a_gpu_that_is_not_here_within_its_shared_memory(
+    capability, head_dim, tmp_path
+):
+    table = tmp_path / "resources.csv"
+    command = [sys.executable, "-m", "benchmarks.resources", "--output", str(table)]
+    command += ["--capability", capability, "--head-dim", head_dim]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(table.open()))
+    assert {row["kernel"] for row in rows} >= {"flash_fwd_kernel", "flash_dkdv_kernel"}
+    assert all(float(row["shared_kib"]) <= float(row["shared_limit_kib"]) for row in rows)
