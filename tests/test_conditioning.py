@@ -13,6 +13,7 @@ from ldm4ts_kernels.model.conditioning import (
     top_lags,
     window_statistics,
 )
+from ldm4ts_kernels.model.config import LDM4TSConfig
 
 LENGTH, VARIATES, WIDTH = 48, 3, 32
 
@@ -111,7 +112,18 @@ def bert(tmp_path_factory) -> str:
 
 
 def text_conditioner(name: str) -> TextConditioner:
-    return TextConditioner(name, "Power of a plant.", LENGTH, (1, 8), (0, 2), WIDTH)
+    return TextConditioner(
+        name,
+        LDM4TSConfig(
+            history=LENGTH,
+            variates=VARIATES,
+            targets=(0, 2),
+            horizons=(1, 8),
+            cross_attention_dim=WIDTH,
+            text_encoder=name,
+            prompt="Power of a plant.",
+        ),
+    )
 
 
 def test_a_text_encoder_adds_one_token(bert):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_model import batch_of, futures, ready, seeded, untrained, windows
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm4ts_kernels.diffusers_integration import served_by
 
@@ -159,6 +160,24 @@ def test_bfloat16_autocast_trains_with_losses_in_float32():
     assert losses["loss"].dtype == forecast["mean"].dtype == torch.float32
     torch.testing.assert_close(losses["loss"], expected["loss"], rtol=0.05, atol=0.05)
     assert model.unet.conv_in.weight.grad.isfinite().all()
+
+
+def test_the_loss_never_waits_for_the_device():
+    model = ready()
+    # A fake tensor has no value to wait for: reading one is an error.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = {"history": torch.empty(3, 24, 3), "future": torch.empty(3, 2, 1)}
+        assert model.loss(batch)["loss"].shape == ()
+
+
+def test_the_loss_compiles_into_one_graph():
+    model = ready(enable_gradient_checkpointing=False)
+    torch.compiler.reset()
+    compiled = torch.compile(model.loss, backend="eager", fullgraph=True)
+    losses = compiled(batch_of())
+    assert losses["loss"].isfinite()
+    losses["loss"].backward()
+    assert model.unet.conv_in.weight.grad.any()
 
 
 # Forecasting

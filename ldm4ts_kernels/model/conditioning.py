@@ -10,6 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ldm4ts_kernels.model.config import LDM4TSConfig
+
 LAGS = 5
 STATISTICS = 5 + LAGS
 MAX_TEXT_TOKENS = 77  # the paper's limit
@@ -103,27 +105,18 @@ class TextConditioner(nn.Module):
     Raises ValueError when `name` (a hub name or a path) holds no encoder with a tokenizer.
     """
 
-    def __init__(
-        self,
-        name: str,
-        prompt: str,
-        history: int,
-        horizons: tuple[int, ...],
-        targets: tuple[int, ...],
-        width: int,
-    ):
+    def __init__(self, name: str, config: LDM4TSConfig):
         from transformers import AutoModel, AutoTokenizer
 
         super().__init__()
+        self.config = config
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
             self.encoder: Any = AutoModel.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(f"text_encoder {name!r} cannot be loaded: {error}") from error
         self.encoder.requires_grad_(False)
-        self.projection = nn.Linear(self.encoder.config.hidden_size, width)
-        self.history, self.horizons, self.targets = history, horizons, list(targets)
-        self.prompt = prompt
+        self.projection = nn.Linear(self.encoder.config.hidden_size, config.cross_attention_dim)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -135,12 +128,14 @@ class TextConditioner(nn.Module):
         statistics: Tensor,  # (B, V, 10), of window_statistics
     ) -> list[str]:
         """Return one prompt a window."""
-        steps = f"{self.horizons[0]} to {self.horizons[-1]}"
-        task = f"Forecast {steps} steps ahead from the last {self.history} steps."
-        rows = statistics[:, self.targets].mean(dim=1).tolist()
-        lags = [", ".join(str(round(lag * self.history)) for lag in row[5:]) for row in rows]
+        history, horizons = self.config.history, self.config.horizons
+        task = (
+            f"Forecast {horizons[0]} to {horizons[-1]} steps ahead from the last {history} steps."
+        )
+        rows = statistics[:, list(self.config.targets)].mean(dim=1).tolist()
+        lags = [", ".join(str(round(lag * history)) for lag in row[5:]) for row in rows]
         return [
-            f"{self.prompt} {task} Relative to the last value, the minimum is {row[0]:.2f}, "
+            f"{self.config.prompt} {task} Relative to the last value, the minimum is {row[0]:.2f}, "
             f"the maximum {row[1]:.2f} and the median {row[2]:.2f}. "
             f"The trend is {'upward' if row[4] > 0 else 'downward'}. "
             f"The strongest lags are {strongest}."

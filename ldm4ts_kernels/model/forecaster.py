@@ -74,21 +74,15 @@ class LDM4TSModel(nn.Module):
         config = resolve_config(preset, **given, **config_fields)
         self.config = config
         self.attention_backend = attention_backend
+        self.targets: Tensor
+        self.register_buffer("targets", torch.tensor(config.targets), persistent=False)
 
         self.autoencoder = ImageAutoencoder(config)
         self.latent_shape = self._latent_shape()
         self.unet: Any = build_unet(config, self.latent_shape[0], self.latent_shape[1:])
         self.noise_process = NoiseProcess(config)
-        text = None
-        if config.text_encoder is not None:
-            text = TextConditioner(
-                config.text_encoder,
-                config.prompt,
-                config.history,
-                config.horizons,
-                config.targets,
-                config.cross_attention_dim,
-            )
+        name = config.text_encoder
+        text = None if name is None else TextConditioner(name, config)
         self.conditioner = Conditioner(
             config.history, config.variates, config.cross_attention_dim, text
         )
@@ -172,7 +166,7 @@ class LDM4TSModel(nn.Module):
             )
         history = as_windows("history", batch["history"], self.config, self.device)
         future = as_futures(batch["future"], len(history), self.config, self.device)
-        series, last, deviation = standardise(history, self.config.targets)
+        series, last, deviation = standardise(history, self.targets)
         target = ((future - last) / deviation).clamp(-TARGET_LIMIT, TARGET_LIMIT)
 
         clean = self.autoencoder.encode(self.encode_vision(series))
@@ -182,7 +176,7 @@ class LDM4TSModel(nn.Module):
         tokens = self.conditioner(series)
         predicted = self.unet(noisy, timesteps, tokens, return_dict=False)[0].float()
         estimate = self.noise_process.estimate_clean(noisy, predicted, timesteps)
-        location, scale = self._read_forecast(estimate, self.temporal(series))
+        location, scale = self._read_forecast(estimate, self._encode_targets(series))
 
         diffusion = F.mse_loss(predicted, noise)
         spread = gaussian_crps(location.detach(), scale, target).mean()
@@ -214,12 +208,12 @@ class LDM4TSModel(nn.Module):
         _check_count("num_samples", num_samples)
         steps = self.config.sampling_steps if sampling_steps is None else sampling_steps
         _check_count("sampling_steps", steps, self.config.diffusion_steps)
-        series, last, deviation = standardise(history, self.config.targets)
+        series, last, deviation = standardise(history, self.targets)
         with _evaluating(self):
             tokens = self.conditioner(series).repeat(num_samples, 1, 1)  # (S * B, tokens, width)
             noise = randn_tensor((len(tokens), *self.latent_shape), generator, self.device)
             latents = self.noise_process.sample(self.unet, noise, tokens, steps)
-            temporal = self.temporal(series).repeat(num_samples, 1, 1)  # (S * B, C, width)
+            temporal = self._encode_targets(series).repeat(num_samples, 1, 1)  # (S * B, C, width)
             location, scale = self._read_forecast(latents, temporal)
         if num_samples > 1:
             location = location + scale * randn_tensor(location.shape, generator, self.device)
@@ -243,7 +237,7 @@ class LDM4TSModel(nn.Module):
         if current_price is not None:
             history = as_windows("ohlcv", ohlcv, self.config, self.device)
             price = as_prices(current_price, len(history), self.config, self.device)
-            draws = draws + (price - history[:, -1, list(self.config.targets)])[:, None]
+            draws = draws + (price - history[:, -1, self.targets])[:, None]
         statistics = {"mean": draws.mean(dim=0), "std": draws.std(dim=0, correction=0)}
         ordered = draws.sort(dim=0).values
         for name, level in QUANTILES.items():
@@ -288,6 +282,12 @@ class LDM4TSModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # location and scale, each (B, T, C)
         visual = self.visual(self.autoencoder.decode(latents))
         return self.head(self.fusion(temporal, visual))
+
+    def _encode_targets(
+        self,
+        series: Tensor,  # (B, L, V), normalised
+    ) -> Tensor:  # (B, C, width)
+        return self.temporal(series.index_select(-1, self.targets))
 
     def _latent_shape(self) -> tuple[int, int, int]:
         reduction = self.autoencoder.reduction

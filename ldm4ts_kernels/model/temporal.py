@@ -15,7 +15,7 @@ MIN_SCALE = 1e-3  # of a window's standard deviation
 
 
 class TemporalEncoder(nn.Module):
-    """Z_TE = W · flatten(Transformer(patches of each target's history)): (B, C, width).
+    """Z_TE = W · flatten(Transformer(patches of a target's history)): (B, C, width).
 
     Each target is a sequence of its own with shared weights, as in PatchTST (Nie et al., ICLR
     2023); the other variates speak through the image and the tokens. The end is padded with its
@@ -24,7 +24,6 @@ class TemporalEncoder(nn.Module):
 
     def __init__(self, config: LDM4TSConfig):
         super().__init__()
-        self.targets = list(config.targets)
         self.length, self.stride = config.patch_length, config.patch_stride
         patches = (config.history + self.stride - self.length) // self.stride + 1
         self.embed = nn.Linear(self.length, config.d_model)
@@ -48,13 +47,13 @@ class TemporalEncoder(nn.Module):
 
     def forward(
         self,
-        series: Tensor,  # (B, L, V), normalised
+        targets: Tensor,  # (B, L, C), normalised
     ) -> Tensor:  # (B, C, width)
-        targets = F.pad(series[..., self.targets].mT, (0, self.stride), mode="replicate")
-        patches = targets.unfold(-1, self.length, self.stride)  # (B, C, patches, length)
+        padded = F.pad(targets.mT, (0, self.stride), mode="replicate")
+        patches = padded.unfold(-1, self.length, self.stride)  # (B, C, patches, length)
         tokens = self.embed(patches) + self.position
         encoded = self.encoder(tokens.flatten(0, 1))  # (B * C, patches, d_model)
-        return self.project(encoded.flatten(1)).unflatten(0, targets.shape[:2])
+        return self.project(encoded.flatten(1)).unflatten(0, padded.shape[:2])
 
 
 class VisualHead(nn.Module):

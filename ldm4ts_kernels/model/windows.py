@@ -63,7 +63,7 @@ def check_finite(name: str, value: Tensor) -> None:
 
 def standardise(
     history: Tensor,  # (B, L, V)
-    targets: tuple[int, ...],
+    targets: Tensor,  # (C,) int64, an index on the device, so that selecting copies nothing to it
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (x - last) / (std + eps) per window and variate, and the targets' last and std + eps.
 
@@ -74,5 +74,5 @@ def standardise(
     epsilon = RELATIVE_EPSILON * history.abs().amax(dim=1, keepdim=True)
     smallest = torch.finfo(history.dtype).tiny  # a window of zeros
     deviation = history.std(dim=1, correction=0, keepdim=True) + epsilon + smallest
-    chosen = list(targets)
-    return (history - last) / deviation, last[..., chosen], deviation[..., chosen]
+    series = (history - last) / deviation
+    return series, last.index_select(-1, targets), deviation.index_select(-1, targets)
