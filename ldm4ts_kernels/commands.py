@@ -32,6 +32,13 @@ app = typer.Typer(
 _state = {"debug": False}
 
 
+class _Notes(logging.Handler):
+    """Prints the package's log above the progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _note(record.getMessage())
+
+
 def wants_debug() -> bool:
     """Say whether --debug was given, so that errors keep their traceback."""
     return _state["debug"]
@@ -51,8 +58,10 @@ def _globally(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     _state["debug"] = debug
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("ldm4ts_kernels").setLevel(logging.INFO)
+    logger = logging.getLogger("ldm4ts_kernels")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
 
 
 def _option(flags: str, text: str, panel: str) -> Any:

@@ -75,7 +75,7 @@ def _draw_fan(
             opened[low],
             opened[-1 - low],
             color=FAN,
-            alpha=0.2,
+            alpha=0.2 + 0.15 * low,  # darker inwards, so that the legend tells the bands apart
             linewidth=0,
             label=f"{share:.0%} of draws",
         )

@@ -1,0 +1,156 @@
+"""The command: exit codes, one-line errors, and a run from training to forecast."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny_run import write_series
+
+from ldm4ts_kernels import __version__, cli
+
+TRAIN = shlex.split("""train --data csv --timestamp time --target c --history 24 --horizons 1-3 --period 6
+    --device cpu --image-size 32 --steps 2 --autoencoder-steps 2 --batch-size 2 --eval-windows 2
+    --eval-samples 2 --sampling-steps 1 --validate-every 2 --checkpoint-every 1""")
+
+
+@pytest.fixture
+def ldm4ts(monkeypatch, capsys):
+    """Run the command in this process; return its exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ldm4ts", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory) -> Path:
+    """A directory with series.csv, and a run/ that the command has trained."""
+    directory = tmp_path_factory.mktemp("cli")
+    path = write_series(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["ldm4ts", *TRAIN, "--data-path", path, "-o", f"{directory}/run"]
+        )
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 0
+    return directory
+
+
+def test_the_version_is_printed(ldm4ts):
+    code, out, _ = ldm4ts("--version")
+    assert (code, out.split()[:2]) == (0, ["ldm4ts-kernels", __version__])
+
+
+def test_help_lists_the_commands(ldm4ts):
+    code, out, _ = ldm4ts("--help")
+    assert code == 0
+    assert all(f" {command} " in out for command in ("train", "forecast", "backends"))
+
+
+def test_training_writes_the_run_and_its_options(run_directory):
+    run = run_directory / "run"
+    stored = json.loads((run / "config.json").read_text())
+    assert stored["data"]["horizons"] == [1, 2, 3]
+    assert stored["model_fields"] == {"image_size": [32, 32]}
+    assert (stored["steps"], stored["batch_size"]) == (2, 2)
+    assert (run / "model" / "model.safetensors").exists()
+
+
+def test_resuming_needs_no_option_but_the_directory_and_prints_the_scores(ldm4ts, run_directory):
+    code, out, err = ldm4ts("train", "--output", str(run_directory / "run"), "--resume")
+    assert code == 0
+    assert "resuming" in err and "forecaster-2" in err
+    assert all(name in out for name in ("ldm4ts", "last value", "seasonal naive", "CRPS"))
+    assert "2 of 46 test windows" in out
+
+
+def test_a_forecast_is_a_table_a_picture_and_a_file(ldm4ts, run_directory):
+    run = str(run_directory / "run")
+    code, out, _ = ldm4ts("forecast", run, "--samples", "3", "--sampling-steps", "1")
+    assert code == 0
+    assert "q50" in out
+    assert (run_directory / "run" / "forecast.png").read_bytes().startswith(b"\x89PNG")
+    assert list(pd.read_csv(run_directory / "run" / "forecast.csv")["ahead"]) == [1, 2, 3]
+
+
+def test_backends_says_what_serves_here_and_why_not_the_others(ldm4ts):
+    code, out, _ = ldm4ts("backends", "--tokens", "64")
+    lines = out.splitlines()
+    assert code == 0
+    assert {line.split()[0] for line in lines} == {"exact", "int8"}
+    assert sum(line.endswith(" serves") for line in lines) == 2
+    assert all(len(line.split()) >= 3 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("train --data dax", 2, "data: expected one of sp500"),
+        ("train --data csv", 2, "data 'csv' needs the path of its CSV file"),
+        ("train --preset big", 2, "preset: expected one of paper, guide, got 'big'"),
+        ("train --horizons 1;2", 2, "horizons: expected `1,5,20` or `1-96`, got '1;2'"),
+        ("train --resume", 2, "resume: name the run's directory"),
+        ("train --steps 0", 2, "steps: expected at least 1, got 0"),
+        ("forecast nowhere", 2, "nowhere holds no run"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_a_code(ldm4ts, arguments, code, message):
+    ended, _, err = ldm4ts(*arguments.split())
+    assert ended == code
+    assert err.splitlines()[-1].startswith(f"ldm4ts: {message}")
+    assert "Traceback" not in err
+
+
+def test_an_unknown_option_is_wrong_usage(ldm4ts):
+    assert ldm4ts("train", "--stepps", "3")[0] == 2
+
+
+def test_a_bad_file_is_a_failed_run(ldm4ts, tmp_path):
+    path = Path(write_series(tmp_path))
+    path.write_text(path.read_text().replace("2020-01-01 03:00:00", "later"))
+    code, _, err = ldm4ts(*TRAIN, "--data-path", str(path), "-o", str(tmp_path / "run"))
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"ldm4ts: {path}, line 5, column 'time'")
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ldm4ts", "--debug", "forecast", "nowhere"])
+    with pytest.raises(ValueError, match="nowhere holds no run"):
+        cli.main()
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('no', name='typer')")
+    ended = subprocess.run(
+        [sys.executable, "-c", "from ldm4ts_kernels.cli import main; main()", "--help"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "ldm4ts: typer is not installed; pip install 'ldm4ts-kernels[ldm4ts]'\n"
+    )
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_resume(monkeypatch, ldm4ts, run_directory, tmp_path):
+    def stopped(*_: object) -> bool:
+        return True
+
+    monkeypatch.setattr("ldm4ts_kernels.progress.TrainingProgress.__call__", stopped)
+    path, output = str(run_directory / "series.csv"), str(tmp_path / "run")
+    code, _, err = ldm4ts(*TRAIN, "--data-path", path, "-o", output)
+    assert code == 130
+    assert f"ldm4ts train --output {output} --resume" in err.splitlines()[-1]
