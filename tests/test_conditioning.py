@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_model import write_bert
 
 from ldm4ts_kernels.model.conditioning import (
     Conditioner,
@@ -91,24 +92,7 @@ def test_statistics_are_exact_under_autocast():
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> str:
-    """Return the path of a tiny BERT with random weights and a tokenizer of single characters."""
-    transformers = pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("bert")
-    characters = [chr(code) for code in range(33, 127)]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
-    vocabulary = path / "vocab.txt"
-    vocabulary.write_text("\n".join(pieces + [f"##{c}" for c in characters]) + "\n")
-    transformers.BertTokenizer(str(vocabulary)).save_pretrained(path)
-    config = transformers.BertConfig(
-        vocab_size=200,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=128,
-    )
-    transformers.BertModel(config).save_pretrained(path)
-    return str(path)
+    return write_bert(tmp_path_factory.mktemp("bert"))
 
 
 def text_conditioner(name: str) -> TextConditioner:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import ready, seeded, untrained, windows
+from tiny_model import batch_of, ready, seeded, untrained, windows, write_bert
 
 from ldm4ts_kernels.model import LDM4TSModel
 
@@ -38,6 +38,20 @@ def test_a_checkpoint_holds_its_pretrained_autoencoder(tmp_path):
     expected = model.autoencoder.kl.state_dict()
     for name, tensor in loaded.autoencoder.kl.state_dict().items():
         assert torch.equal(tensor, expected[name])
+
+
+def test_a_checkpoint_holds_its_text_encoder(tmp_path):
+    (tmp_path / "bert").mkdir()
+    model = ready(text_encoder=write_bert(tmp_path / "bert"))
+    frozen = {id(parameter) for parameter in model.conditioner.text.encoder.parameters()}
+    assert not frozen & {id(parameter) for parameter in model.trainable_parameters()}
+    model.loss(batch_of())["loss"].backward()
+    assert model.conditioner.text.projection.weight.grad.any()
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "bert").rename(tmp_path / "gone")
+    loaded = LDM4TSModel.from_pretrained(tmp_path / "saved", device="cpu")
+    expected = model(windows(), generator=seeded())["mean"]
+    assert torch.equal(loaded(windows(), generator=seeded())["mean"], expected)
 
 
 def test_missing_foreign_and_damaged_checkpoints_are_errors(tmp_path):

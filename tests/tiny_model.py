@@ -1,6 +1,9 @@
 """An LDM4TS model that trains in milliseconds, and data for it."""
 
+from pathlib import Path
+
 import torch
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from ldm4ts_kernels.model import LDM4TSModel
 
@@ -60,3 +63,22 @@ def ready(**fields: object) -> LDM4TSModel:
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(7)
+
+
+def write_bert(path: Path) -> str:
+    """Write a BERT with random weights and a tokenizer of single characters; return its path."""
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
+    vocabulary = path / "vocab.txt"
+    vocabulary.write_text("\n".join(pieces + [f"##{c}" for c in characters]) + "\n")
+    BertTokenizer(str(vocabulary)).save_pretrained(path)
+    config = BertConfig(
+        vocab_size=200,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(path)
+    return str(path)
