@@ -19,20 +19,21 @@ def main() -> None:
 
 
 def _run() -> int:
-    from ldm4ts_kernels.commands import app, wants_debug
+    from ldm4ts_kernels.commands import app
     from ldm4ts_kernels.data import OptionError
     from ldm4ts_kernels.training import TrainingInterrupted
 
+    debug = "--debug" in sys.argv
     try:
-        app()
+        app(prog_name="ldm4ts")
     except TrainingInterrupted as stopped:
         _exit_with(str(stopped), 130)
     except OptionError as error:
-        if wants_debug():
+        if debug:
             raise
         _exit_with(f"{error}", 2)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        if wants_debug() or isinstance(error, ModuleNotFoundError):
+        if debug or isinstance(error, ModuleNotFoundError):
             raise
         hint = "" if isinstance(error, ValueError) else "; `ldm4ts --debug ...` shows where"
         _exit_with(f"{error}{hint}", 1)

@@ -15,7 +15,7 @@ from ldm4ts_kernels.evaluation import Evaluation
 from ldm4ts_kernels.forecasting import LEVELS, Forecast, forecast
 from ldm4ts_kernels.plots import save_fan_chart
 from ldm4ts_kernels.progress import TrainingProgress
-from ldm4ts_kernels.runs import plan
+from ldm4ts_kernels.runs import PRESET_DEFAULTS, TrainConfig, plan
 from ldm4ts_kernels.training import train
 
 HORIZONS_SHOWN = 12  # in the forecast's table; the CSV file has all
@@ -29,7 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_state = {"debug": False}
 
 
 class _Notes(logging.Handler):
@@ -37,11 +36,6 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         _note(record.getMessage())
-
-
-def wants_debug() -> bool:
-    """Say whether --debug was given, so that errors keep their traceback."""
-    return _state["debug"]
 
 
 def _print_version(asked: bool) -> None:
@@ -52,19 +46,24 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _globally(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="and exit")
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print it and exit."
+        ),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    _debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    _state["debug"] = debug
     logger = logging.getLogger("ldm4ts_kernels")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
 
 
-def _option(flags: str, text: str, panel: str) -> Any:
+def _option(flags: str, text: str, panel: str, default_of: str = "") -> Any:
+    if default_of:
+        small, large = getattr(TrainConfig, default_of), PRESET_DEFAULTS["guide"].get(default_of)
+        text += f" (default: {small}{f', guide {large}' if large else ''})."
     return typer.Option(*flags.split(), help=text, rich_help_panel=panel, show_default=False)
 
 
@@ -79,7 +78,7 @@ def _parse_horizons(text: str) -> tuple[int, ...]:
         raise OptionError(f"horizons: expected `1,5,20` or `1-96`, got {text!r}") from error
 
 
-Name = Annotated[str | None, _option("--data", f"{', '.join(DATASETS)}. [default: sp500]", "Data")]
+Name = Annotated[str | None, _option("--data", f"{', '.join(DATASETS)} (default: sp500).", "Data")]
 DataPath = Annotated[str | None, _option("--data-path", "CSV file of etth1, etth2, csv.", "Data")]
 Timestamp = Annotated[str | None, _option("--timestamp", "Column of the times.", "Data")]
 Columns = Annotated[str | None, _option("--columns", "Input columns: `open,close`.", "Data")]
@@ -89,43 +88,60 @@ Horizons = Annotated[str | None, _option("--horizons", "Rows ahead: `1,5,20`, `1
 Period = Annotated[int | None, _option("--period", "Rows in a season.", "Data")]
 
 Preset = Annotated[
-    str | None, _option("--preset", "paper, guide. [default: guide with a GPU]", "Model")
+    str | None,
+    _option("--preset", "paper, guide (default: guide with a GPU, else paper).", "Model"),
 ]
 ImageSize = Annotated[int | None, _option("--image-size", "Pixels, a multiple of 16.", "Model")]
 Attention = Annotated[
-    str | None, _option("--attention", "default, flash, sage, auto. [default: flash]", "Model")
+    str | None, _option("--attention", "default, flash, sage, auto (default: flash).", "Model")
 ]
 Checkpointing = Annotated[
     bool | None,
     _option(
         "--gradient-checkpointing/--no-gradient-checkpointing",
-        "Recompute activations instead of keeping them. [default: with a GPU]",
+        "Recompute activations instead of keeping them (default: with a GPU).",
         "Model",
     ),
 ]
 
-Output = Annotated[str | None, _option("--output -o", "Run directory. [runs/<data>]", "Run")]
+Output = Annotated[str | None, _option("--output -o", "Run directory (default: runs/DATA).", "Run")]
 Resume = Annotated[
     bool, _option("--resume", "Go on with the run in --output, with its options.", "Run")
 ]
-Device = Annotated[str | None, _option("--device", "auto, cpu, cuda. [default: auto]", "Run")]
+Device = Annotated[str | None, _option("--device", "auto, cpu, cuda (default: auto).", "Run")]
 Precision = Annotated[str | None, _option("--precision", "auto, fp32, bf16.", "Run")]
-Seed = Annotated[int | None, _option("--seed", "Of weights, data order and noise.", "Run")]
-CheckpointEvery = Annotated[int | None, _option("--checkpoint-every", "In steps.", "Run")]
+Seed = Annotated[int | None, _option("--seed", "Of weights, data order and noise", "Run", "seed")]
+CheckpointEvery = Annotated[
+    int | None, _option("--checkpoint-every", "In steps", "Run", "checkpoint_every")
+]
 
-Steps = Annotated[int | None, _option("--steps", "Of the forecaster.", "Optimisation")]
+Steps = Annotated[int | None, _option("--steps", "Of the forecaster", "Optimisation", "steps")]
 AutoencoderSteps = Annotated[
-    int | None, _option("--autoencoder-steps", "Of the autoencoder, before.", "Optimisation")
+    int | None,
+    _option(
+        "--autoencoder-steps", "Of the autoencoder, before", "Optimisation", "autoencoder_steps"
+    ),
 ]
-BatchSize = Annotated[int | None, _option("--batch-size", "Windows in a step.", "Optimisation")]
+BatchSize = Annotated[
+    int | None, _option("--batch-size", "Windows in a step", "Optimisation", "batch_size")
+]
 LearningRate = Annotated[
-    float | None, _option("--learning-rate", "At its peak, of the forecaster.", "Optimisation")
+    float | None,
+    _option("--learning-rate", "At its peak, of the forecaster", "Optimisation", "learning_rate"),
 ]
 
-ValidateEvery = Annotated[int | None, _option("--validate-every", "In steps.", "Scores")]
-EvalWindows = Annotated[int | None, _option("--eval-windows", "Scored, evenly spaced.", "Scores")]
-EvalSamples = Annotated[int | None, _option("--eval-samples", "Draws a window.", "Scores")]
-SamplingSteps = Annotated[int | None, _option("--sampling-steps", "Of DDIM, a draw.", "Scores")]
+ValidateEvery = Annotated[
+    int | None, _option("--validate-every", "In steps", "Scores", "validate_every")
+]
+EvalWindows = Annotated[
+    int | None, _option("--eval-windows", "Scored, evenly spaced", "Scores", "eval_windows")
+]
+EvalSamples = Annotated[
+    int | None, _option("--eval-samples", "Draws a window", "Scores", "eval_samples")
+]
+SamplingSteps = Annotated[
+    int | None, _option("--sampling-steps", "Of DDIM, a draw", "Scores", "sampling_steps")
+]
 
 
 @app.command("train")
@@ -203,7 +219,9 @@ def forecast_command(
     attention: Annotated[str, typer.Option("--attention", help="As for train.")] = "flash",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Picture; a .csv goes beside it. [RUN/forecast.png]"),
+        typer.Option(
+            "--output", "-o", help="Picture; a .csv goes beside it (default: RUN/forecast.png)."
+        ),
     ] = None,
 ) -> None:
     """Forecast what follows a series: a table, a picture with quantile fans and a CSV file."""

@@ -68,13 +68,7 @@ def forecast(
         raise OptionError(f"hold_out: expected 0 .. {most} rows, got {hold_out}")
     if samples < 2:
         raise OptionError(f"samples: expected at least 2 draws for quantiles, got {samples}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LDM4TSModel.from_pretrained(
-        model_path, device, attention_backend, enable_gradient_checkpointing=False
-    )
-    if model.needs_autoencoder_training:
-        raise OptionError(f"{directory} has trained its autoencoder only; resume it first")
+    model = _load_model(Path(directory), model_path, device, attention_backend)
     scaler = read_scaler(directory)
     window = scaler.transform(series.values[end - series.history : end])  # (L, V)
     generator = torch.Generator().manual_seed(seed)
@@ -102,3 +96,16 @@ def _model_path(directory: Path) -> Path:
     if not found:
         raise OptionError(f"{directory} has no model and no checkpoint yet")
     return found[-1].model_path
+
+
+def _load_model(
+    directory: Path, model_path: Path, device: str, attention_backend: str
+) -> LDM4TSModel:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LDM4TSModel.from_pretrained(
+        model_path, device, attention_backend, enable_gradient_checkpointing=False
+    )
+    if model.needs_autoencoder_training:
+        raise OptionError(f"{directory} has trained its autoencoder only; resume it first")
+    return model

@@ -174,6 +174,16 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, kind):
     )
 
 
+def test_a_run_in_bf16_keeps_float32_weights(tmp_path):
+    config = tiny_config(tmp_path, precision="bf16", autoencoder_steps=1, steps=1)
+    assert math.isfinite(train(config).test.scores["ldm4ts"]["crps"])
+    stored = weights(config.output)
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {
+        torch.float32
+    }
+    train(tiny_config(tmp_path, "other", steps=1))  # this process is not bound to bf16
+
+
 def test_training_runs_in_a_thread(tmp_path):
     """As a panel does it: signals are then the main thread's, and on_step stops the run."""
     caught: list[str] = []
