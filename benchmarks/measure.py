@@ -1,0 +1,97 @@
+"""How the benchmarks measure and where they write: times, memory, the environment of a figure."""
+
+import csv
+import importlib.metadata
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "diffusers", "sageattention", "flash-attn")
+
+
+def environment() -> dict[str, str]:
+    """Return what a figure must be quoted with: GPU, versions, command."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    command = " ".join(["pytest", *sys.argv[1:]])
+    return {"gpu": gpu, "versions": ", ".join(versions), "command": command}
+
+
+def write_rows(name: str, rows: Iterable[Mapping[str, object]]) -> Path:
+    """Write rows as results/name.csv, each with its environment; replaces what was there."""
+    rows = [{**row, **environment()} for row in rows]
+    path = RESULTS / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def device_ms(function: Callable[[], object], repeats: int = 30) -> float:
+    """Return the median device time of a call, by replay of a CUDA graph of it.
+
+    A replay holds as many calls as fill about 1 ms, so that launch gaps and the timer's grain
+    vanish; the inputs stay in L2 where they fit, as they do inside a network.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    calls = max(1, min(50, int(1.0 / max(eager_ms(function, 5), 1e-3))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    graph.replay()
+    return statistics.median(_event_ms(graph.replay) for _ in range(repeats)) / calls
+
+
+def eager_ms(function: Callable[[], object], repeats: int = 30) -> float:
+    """Return the median time of one eager call, host included."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    return statistics.median(_event_ms(function) for _ in range(repeats))
+
+
+def _event_ms(function: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def kept_bytes(forward: Callable[[], object], parameters: Iterable[torch.Tensor]) -> int:
+    """Return the bytes that a forward pass keeps for its backward, parameters not counted.
+
+    Exact for the tensors autograd saves, and the same for real and fake tensors; what checkpointed
+    segments recompute is not kept, so it does not count.
+    """
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in known:
+            kept[key] = tensor  # held, so that no later storage takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del result
+    return total

@@ -1,0 +1,117 @@
+"""Attention against its peers, all in one run: device time by graph replay, and an eager call.
+
+    pytest benchmarks/test_attention_speed.py --benchmark-only
+
+bf16, random data with a bias a channel in the key. A peer that refuses a shape is written down with
+its refusal. sageattention has no backward pass; 2.x launches on the default stream, which a graph
+does not capture, so only its eager time is taken.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import SHAPES, Shape
+from benchmarks.measure import device_ms, eager_ms, write_rows
+from ldm4ts_kernels import attention_fn
+from ldm4ts_kernels.backends import CHAINS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+rows: list[dict[str, object]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def results():
+    """Write what was measured when the module is done."""
+    yield
+    if rows:
+        write_rows("attention_speed", rows)
+
+
+def draw(shape: Shape) -> list[Tensor]:
+    """Draw query, key and value in the layout of a U-Net: (B, N, H, D) in memory."""
+    lengths = (shape.Q, shape.K, shape.K)
+    tensors = [
+        torch.randn(shape.B, length, shape.H, shape.D, device="cuda", dtype=torch.bfloat16)
+        for length in lengths
+    ]
+    tensors[1] += torch.randn(shape.H, shape.D, device="cuda", dtype=torch.bfloat16)
+    return [tensor.transpose(1, 2).requires_grad_() for tensor in tensors]
+
+
+def sdpa(kernel: SDPBackend) -> Callable[..., Tensor]:
+    def attend(*tensors: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(*tensors)
+
+    return attend
+
+
+def flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()  # or a later shape falls back to eager
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def contenders() -> dict[str, Callable[..., Tensor]]:
+    """Return the peers, and each of our backends by name."""
+    peers: dict[str, Callable[..., Tensor]] = {
+        "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "sdpa efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        "flex": flex(),
+    }
+    for precision, chain in CHAINS.items():
+        for row in chain[:-1]:
+            peers[row.name] = partial(attention_fn, precision=precision, backend=row.name)
+    return peers
+
+
+def both_passes(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], object]:
+    dout = torch.randn_like(tensors[0])
+
+    def run() -> object:
+        return torch.autograd.grad(attend(*tensors), tensors, dout)
+
+    return run
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(benchmark, shape, backward):
+    tensors = draw(shape)
+    flops = 4 * shape.B * shape.H * shape.Q * shape.K * shape.D * (3.5 if backward else 1.0)
+    for name, attend in contenders().items():
+        row: dict[str, object] = {
+            "shape": str(shape), "origin": shape.origin, "dtype": "bf16", "backend": name,
+            "pass": "forward+backward" if backward else "forward",
+            "device_ms": "", "eager_ms": "", "tflops": "", "refusal": "",
+        }  # fmt: skip
+        run = both_passes(attend, tensors) if backward else _without_grad(attend, tensors)
+        try:
+            run()
+        except (NotImplementedError, RuntimeError) as refusal:
+            row["refusal"] = " ".join(str(refusal).split())[:200]
+        else:
+            row["eager_ms"] = round(eager_ms(run), 4)
+            if name != "sageattention2":
+                milliseconds = device_ms(run)
+                row["device_ms"] = round(milliseconds, 4)
+                row["tflops"] = round(flops / milliseconds / 1e9, 1)
+        rows.append(row)
+    benchmark.pedantic(
+        both_passes(attention_fn, tensors) if backward else _without_grad(attention_fn, tensors),
+        rounds=20, warmup_rounds=3,
+    )  # fmt: skip
+    assert any(row["device_ms"] for row in rows if row["shape"] == str(shape))
+
+
+def _without_grad(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], object]:
+    plain = [tensor.detach() for tensor in tensors]
+    return lambda: attend(*plain)
