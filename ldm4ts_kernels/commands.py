@@ -285,9 +285,11 @@ def _print_forecast(result: Forecast, frame: Any) -> None:
     count = len(result.horizons)
     stride = -(-count // HORIZONS_SHOWN)
     shown = frame[frame["ahead"].isin(result.horizons[stride - 1 :: stride])]
-    table = Table(*(str(name) for name in frame.columns))
+    table = Table()
+    for name in frame.columns:
+        table.add_column(str(name), overflow="fold")  # a number is never cut short
     for row in shown.itertuples(index=False):
-        table.add_row(*(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*(f"{cell:.5g}" if isinstance(cell, float) else str(cell) for cell in row))
     out.print(table)
     if stride > 1:
         rows = len(shown) // len(result.names)
