@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm4ts_kernels.backends import CHAINS, Arguments, Backend, Call, constant
+from ldm4ts_kernels.backends import CHAINS, Arguments, Backend
+from ldm4ts_kernels.requirements import Call, constant
 
 logger = logging.getLogger("ldm4ts_kernels")
 
@@ -145,6 +146,8 @@ def explain_call(call: Call, *, precision: str = "exact", backend: str = "auto")
         row = _named(backend, precision)
         reasons = {row.name: tuple(_reasons(row, call, auto=False))}
     chosen = next((name for name, against in reasons.items() if not against), None)
+    if chosen is None and backend == "auto":
+        chosen = next((row.name for row in chain if not row.requires.unmet(call)), None)
     return Explanation(call, precision, MappingProxyType(reasons), chosen)
 
 
@@ -157,12 +160,18 @@ def _reasons(row: Backend, call: Call, auto: bool) -> list[str]:
 
 def _select(call: Call, precision: str, backend: str) -> Backend:
     rows = _chain(precision) if backend == "auto" else (_named(backend, precision),)
-    refused = []
+    able, refused = [], []
     for row in rows:
-        reasons = _reasons(row, call, auto=backend == "auto")
-        if not reasons:
+        reasons = row.requires.unmet(call)
+        if reasons:
+            refused.append(f"{row.name} cannot serve this call: {'; '.join(reasons)}")
+        else:
+            able.append(row)
+    for row in able:
+        if backend != "auto" or row.declines(call) is None:
             return row
-        refused.append(f"{row.name} cannot serve this call: {'; '.join(reasons)}")
+    if able:  # a backend that `auto` would rather not use is better than none
+        return able[0]
     raise NotImplementedError("\n".join([*refused, f"the call: {call}"]))
 
 

@@ -4,43 +4,18 @@
 backend, add a row; nothing else branches on a backend's name.
 """
 
-import functools
-import importlib
-import importlib.metadata
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF = frozenset({torch.float16, torch.bfloat16})
-HALF_OR_SINGLE = HALF | {torch.float32}
+from ldm4ts_kernels import native
+from ldm4ts_kernels.requirements import HALF, HALF_OR_SINGLE, Call, Requires, constant
 
-R = TypeVar("R")
 Result = Tensor | tuple[Tensor, Tensor]
-
-
-class Call(NamedTuple):
-    """One attention call without its data: all that a backend may decide on. Hashable."""
-
-    device: torch.device
-    dtype: torch.dtype
-    batch: int
-    heads: int
-    kv_heads: int
-    query_length: int
-    key_length: int
-    head_dim: int
-    value_dim: int
-    mask: str | None  # None, "boolean", "additive", or "additive with gradient"
-    dropout: bool
-    is_causal: bool
-    needs_grad: bool
-    return_lse: bool
-    unit_stride: bool  # the last dimension of query, key and value has stride 1
-    default_stream: bool  # the current stream is known to be the device's default one
 
 
 class Arguments(NamedTuple):
@@ -57,93 +32,6 @@ class Arguments(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Requires:
-    """What a backend needs of a call. The defaults accept everything."""
-
-    module: str | None = None
-    major: int | None = None
-    device: str | None = None
-    capability: tuple[int, int] | None = None
-    capabilities: frozenset[tuple[int, int]] | None = None
-    dtypes: frozenset[torch.dtype] | None = None
-    head_dims: frozenset[int] | None = None
-    max_head_dim: int | None = None
-    masks: frozenset[str] = frozenset({"boolean", "additive", "additive with gradient"})
-    dropout: bool = True
-    grad: bool = True
-    lse: bool = True
-    lse_grad: bool = True
-    unequal_causal: bool = True
-    unequal_head_dims: bool = True
-    any_stride: bool = True
-    extra: tuple[Callable[[Call], str | None], ...] = ()
-
-    def unmet(self, call: Call) -> list[str]:
-        """Return every reason this call cannot be served; an empty list means it can."""
-        outside = self._installation(call) + self._hardware(call)
-        inside = self._tensors(call) + self._features(call)
-        if outside:  # the row's own checks may import its module or ask its device
-            return outside + inside
-        return inside + [reason for reason in [check(call) for check in self.extra] if reason]
-
-    def _installation(self, call: Call) -> list[str]:
-        if self.module is None:
-            return []
-        if error := import_error(self.module):
-            return [error]
-        found = version(self.module)
-        if self.major is not None and found.split(".")[0] != str(self.major):
-            return [f"needs {self.module} {self.major}.x, found {found}"]
-        return []
-
-    def _hardware(self, call: Call) -> list[str]:
-        if self.device and call.device.type != self.device:
-            return [f"needs a {self.device} device, got {call.device.type}"]
-        found = capability(call.device)
-        reasons = []
-        if self.capability and found < self.capability:
-            reasons.append(f"needs sm_{_sm(self.capability)} or later, got sm_{_sm(found)}")
-        if self.capabilities and found not in self.capabilities:
-            known = ", ".join(f"sm_{_sm(item)}" for item in sorted(self.capabilities))
-            reasons.append(f"is built for {known} alone, got sm_{_sm(found)}")
-        return reasons
-
-    def _tensors(self, call: Call) -> list[str]:
-        reasons = []
-        if self.dtypes and call.dtype not in self.dtypes:
-            known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
-            reasons.append(f"takes {known}, got {str(call.dtype).removeprefix('torch.')}")
-        if self.head_dims and call.head_dim not in self.head_dims:
-            reasons.append(f"takes head dims {sorted(self.head_dims)}, got {call.head_dim}")
-        if self.max_head_dim and max(call.head_dim, call.value_dim) > self.max_head_dim:
-            found = max(call.head_dim, call.value_dim)
-            reasons.append(f"takes head dims up to {self.max_head_dim}, got {found}")
-        if not self.unequal_head_dims and call.head_dim != call.value_dim:
-            reasons.append(
-                f"needs one head dim, got {call.head_dim} in query and {call.value_dim} in value"
-            )
-        if not self.any_stride and not call.unit_stride:
-            reasons.append("needs stride 1 in the last dimension of query, key and value")
-        return reasons
-
-    def _features(self, call: Call) -> list[str]:
-        reasons = []
-        if call.mask and call.mask not in self.masks:
-            reasons.append(f"takes no {call.mask} mask")
-        if call.dropout and not self.dropout:
-            reasons.append("has no dropout")
-        if call.needs_grad and not self.grad:
-            reasons.append("has no backward pass")
-        if call.return_lse and not self.lse:
-            reasons.append("does not return the LSE")
-        elif call.return_lse and call.needs_grad and not self.lse_grad:
-            reasons.append("returns an LSE that carries no gradient")
-        if call.is_causal and not self.unequal_causal and call.query_length != call.key_length:
-            reasons.append("has no top-left causal mask for unequal query and key lengths")
-        return reasons
-
-
-@dataclass(frozen=True, slots=True)
 class Backend:
     """One row: its name, what it requires, how it runs, and where `auto` declines it."""
 
@@ -151,48 +39,6 @@ class Backend:
     requires: Requires
     run: Callable[[Arguments], Result]
     declines: Callable[[Call], str | None] = lambda call: None
-
-
-def constant(function: Callable[..., R]) -> Callable[..., R]:
-    """Compute once per arguments, and be a constant to Dynamo, which cannot trace an import."""
-    cached = functools.cache(function)
-
-    @functools.wraps(function)
-    def look_up(*args: Hashable) -> R:
-        return cached(*args)
-
-    # What torch.compiler.assume_constant_result sets; calling it would import all of Dynamo.
-    look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return look_up
-
-
-@constant
-def import_error(module: str) -> str | None:
-    """Return why `module` does not import, or None. The only place where an import may fail."""
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        return f"{module} does not import: {error}"
-    return None
-
-
-@constant
-def version(module: str) -> str:
-    """Return the version of an importable module; "0" where it does not say."""
-    try:
-        return importlib.metadata.version(module)
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(importlib.import_module(module), "__version__", "0"))
-
-
-@constant
-def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a CUDA device; (0, 0) for any other."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def _sm(found: tuple[int, int]) -> str:
-    return f"{found[0]}{found[1]}"
 
 
 def _triton_device(call: Call) -> str | None:
@@ -204,10 +50,24 @@ def _triton_device(call: Call) -> str | None:
     return f"needs a cuda device, got {call.device.type}"
 
 
-def _declines_interpreted(call: Call) -> str | None:
+def _declines_unmeasured(call: Call) -> str | None:
     if call.device.type == "cuda":
-        return None
+        return "is tested without a GPU and not yet measured on one: ask for it by name"
     return "runs on the CPU in Triton's interpreter, which is for tests: ask for it by name"
+
+
+@constant
+def _native_load_error() -> str | None:
+    return native.load_error()
+
+
+@constant
+def _native_device_error(index: int) -> str | None:
+    return native.device_error(index)
+
+
+def _native_device(call: Call) -> str | None:
+    return _native_device_error(call.device.index or 0)
 
 
 def _default_stream(call: Call) -> str | None:
@@ -222,6 +82,11 @@ def _no_keys(call: Call) -> str | None:
 
 def _no_queries(call: Call) -> str | None:
     return "needs at least one query" if 0 in (call.query_length, call.batch) else None
+
+
+def _native(arguments: Arguments) -> Result:
+    query, key, value, attn_mask, _, is_causal, scale, return_lse = arguments
+    return native.flash_attention(query, key, value, attn_mask, is_causal, scale, return_lse)
 
 
 def _triton(arguments: Arguments) -> Result:
@@ -308,6 +173,23 @@ def _sdpa(arguments: Arguments) -> Result:
     )
 
 
+NATIVE = Backend(
+    "native",
+    Requires(
+        loads=_native_load_error,
+        device="cuda",
+        capability=(8, 0),
+        dtypes=HALF,
+        max_head_dim=native.MAX_HEAD_DIM,
+        masks=frozenset({"boolean", "additive"}),
+        dropout=False,
+        unequal_head_dims=False,
+        any_stride=False,
+        extra=(_no_keys, _no_queries, _native_device),
+    ),
+    _native,
+    declines=_declines_unmeasured,
+)
 FLASH_ATTN = Backend(
     "flash_attn",
     Requires(
@@ -337,7 +219,7 @@ TRITON = Backend(
         extra=(_triton_device, _no_keys, _no_queries),
     ),
     _triton,
-    declines=_declines_interpreted,
+    declines=_declines_unmeasured,
 )
 SAGEATTENTION2 = Backend(
     "sageattention2",
@@ -381,6 +263,6 @@ SAGEATTENTION = Backend(
 SDPA = Backend("sdpa", Requires(lse=False), _sdpa)
 
 CHAINS: dict[str, tuple[Backend, ...]] = {
-    "exact": (FLASH_ATTN, TRITON, SDPA),
+    "exact": (NATIVE, FLASH_ATTN, TRITON, SDPA),
     "int8": (SAGEATTENTION2, SAGEATTENTION, SDPA),
 }

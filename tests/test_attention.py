@@ -131,8 +131,12 @@ def test_no_backend_for_a_call_is_an_error_with_every_reason():
         assert name in str(error.value)
 
 
-def test_auto_leaves_the_interpreter_to_those_who_ask_for_it():
-    assert "ask for it by name" in explain(*tensors()).reasons["triton"][0]
+def test_auto_leaves_the_interpreter_to_those_who_ask_for_it_or_have_no_other():
+    explanation = explain(*tensors())
+    assert explanation.chosen == "sdpa"
+    assert "ask for it by name" in explanation.reasons["triton"][0]
+    assert explain(*tensors(), return_lse=True).chosen == "triton"
+    assert attention_fn(*tensors(), return_lse=True)[1].shape == (2, 4, 5)
 
 
 def test_unknown_keywords_raise_type_error():
@@ -214,7 +218,7 @@ def test_one_key_does_not_hide_a_wrong_option():
 def test_explain_gives_a_sentence_for_each_backend_and_runs_nothing():
     explanation = explain(*tensors())
     assert explanation.chosen == "sdpa"
-    assert list(explanation.reasons) == ["flash_attn", "triton", "sdpa"]
+    assert list(explanation.reasons) == ["native", "flash_attn", "triton", "sdpa"]
     assert re.search(r"flash_attn +flash_attn does not import", str(explanation))
     assert "sdpa serves" in str(explanation)
     meta = [tensor.to("meta") for tensor in tensors()]
@@ -249,7 +253,7 @@ def test_the_first_use_of_a_backend_is_logged_once(fresh_announcements, caplog):
 
 @pytest.fixture
 def fresh_announcements(monkeypatch):
-    from ldm4ts_kernels import attention, backends
+    from ldm4ts_kernels import attention, requirements
 
-    announce = backends.constant(attention._announce.__wrapped__)
+    announce = requirements.constant(attention._announce.__wrapped__)
     monkeypatch.setattr(attention, "_announce", announce)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ldm4ts_kernels import backends
-from ldm4ts_kernels.backends import CHAINS, HALF, Arguments, Call, Requires
+from ldm4ts_kernels.backends import CHAINS, Arguments
+from ldm4ts_kernels.requirements import HALF, Call, Requires
 from tests.cases import Shape, draw
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = "ldm4ts_kernels"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
-    ("reference", "kernels.primitives", "kernels.tuning"),
+    ("reference", "requirements", "kernels.primitives", "kernels.tuning"),
     ("kernels.problem", "kernels.quantize"),
     ("kernels.flash_forward",),
     ("kernels.flash_backward",),
