@@ -6,6 +6,7 @@ than equal numbers; it says nothing about speed.
 """
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from dataclasses import dataclass, fields
@@ -18,12 +19,8 @@ from torch import Tensor
 from ldm4ts_kernels.reference import attention
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [
-    *sorted((ROOT / "csrc/sm80").glob("flash_*.cu")),
-    ROOT / "tests/emulation/entry.cpp",
-]
 HEAD_DIMS = (16, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
-SEPARATE, STORE_ONCE, ATOMIC = 0, 1, 2  # QueryGradient
+SEPARATE, STORE_ONCE, ATOMIC = 0, 1, 2  # params.h's QueryGradient
 MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
 FEW, MANY = 1, 10_000  # processors: a grid fills one at once, and never fills the others
 
@@ -107,30 +104,32 @@ def guards_of(tensor: Tensor) -> Tensor:
     return torch.cat([whole[:32], whole[-32:]])
 
 
+def compile_kernels(root: Path, head_dim: int, target: Path) -> ctypes.CDLL:
+    """Compile the kernels of one head dim for the CPU, from the sources under `root`."""
+    sources = [*(root / "csrc/sm80").glob("flash_*.cu"), root / "tests/emulation/entry.cpp"]
+    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-x", "c++"]
+    command += [f"-DLDM_HEAD_DIM={head_dim}", f"-I{root}/tests/emulation", f"-I{root}/csrc"]
+    subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+    library.workspace.restype = ctypes.c_int64
+    assert library.params_bytes() == ctypes.sizeof(FlashParams)
+    return library
+
+
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory):
-    """Return a function that compiles the kernels of one head dim, once."""
-    built: dict[int, ctypes.CDLL] = {}
-
-    def library(head_dim: int) -> ctypes.CDLL:
-        if head_dim not in built:
-            target = tmp_path_factory.mktemp("emulated") / f"d{head_dim}.so"
-            command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-x", "c++"]
-            command += [f"-DLDM_HEAD_DIM={head_dim}", f"-I{ROOT}/tests/emulation", f"-I{ROOT}/csrc"]
-            subprocess.run([*command, *map(str, SOURCES), "-o", str(target)], check=True)
-            built[head_dim] = ctypes.CDLL(str(target))
-            built[head_dim].workspace.restype = ctypes.c_int64
-            assert built[head_dim].params_bytes() == ctypes.sizeof(FlashParams)
-        return built[head_dim]
-
-    return library
+    """Return a function that gives the kernels of a head dim, each compiled once."""
+    folder = tmp_path_factory.mktemp("emulated")
+    return functools.cache(lambda dim: compile_kernels(ROOT, dim, folder / f"d{dim}.so"))
 
 
 def launch(library: ctypes.CDLL, backward: bool, params: FlashParams, processors: int) -> None:
     conflicts, error = ctypes.c_int64(), ctypes.c_char_p()
     found = [ctypes.byref(found) for found in (params, conflicts, error)]
     code = library.run(backward, found[0], processors, *found[1:])
-    assert (code, error.value, conflicts.value) == (0, b"", 0)
+    assert not error.value, error.value.decode()
+    assert conflicts.value == 0, f"{conflicts.value} bank conflicts"
+    assert code == 0
 
 
 def params_of(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> FlashParams:
@@ -259,7 +258,7 @@ FORWARD = [
     Case(5, 0, 64),
     Case(50, 60, 36),  # a head dim of whole 8 bytes
     Case(50, 60, 59, BF16, layout="BNHD"),  # of single elements
-    Case(3, 17, 1),
+    Case(3, 17, 33),
     Case(70, 100, 160),
     Case(130, 100, 160, BF16, processors=FEW),
     Case(70, 100, 256),
@@ -272,16 +271,82 @@ def test_forward_is_as_accurate_as_torch_in_its_dtype(kernels, case):
     check_forward(library_for(kernels, case), case)
 
 
-@pytest.mark.parametrize(
-    "case", [Case(49, 49, 40), Case(60, 33, 64, BF16, is_causal=True)], ids=str
-)
+# short: all keys fit one block of the backward (csrc/sm80/tiles.h)
+SHORT = [
+    Case(49, 49, 40),
+    Case(60, 33, 64, BF16, is_causal=True),
+    Case(70, 77, 40, BF16, batch=2, heads=4, kv_heads=2, layout="BNHD"),
+    Case(40, 64, 64, mask="bool", heads=2),
+    Case(20, 40, 64, BF16, mask="float"),
+    Case(20, 40, 40, mask="element", is_causal=True),
+    Case(20, 30, 64, scale=-0.3),
+    Case(1, 1, 64),
+    Case(20, 30, 59),
+    Case(49, 49, 160),
+    Case(40, 20, 256, BF16),
+]
+LONG = [
+    Case(150, 200, 40),
+    Case(60, 333, 64, BF16, is_causal=True),
+    Case(333, 140, 64, is_causal=True),
+    Case(70, 150, 40, BF16, batch=2, heads=4, kv_heads=2, layout="BNHD"),
+    Case(40, 150, 64, mask="bool", heads=2),
+    Case(40, 150, 59, BF16, mask="float"),
+    Case(70, 100, 160),
+    Case(40, 70, 256, BF16, is_causal=True),
+]
+
+
+@pytest.mark.parametrize("case", SHORT, ids=str)
 def test_short_backward_in_one_launch_is_as_accurate_as_torch(kernels, case):
     check_backward(library_for(kernels, case), case, STORE_ONCE)
 
 
 @pytest.mark.parametrize("mode", [SEPARATE, ATOMIC], ids=["separate", "atomic"])
-@pytest.mark.parametrize(
-    "case", [Case(150, 200, 40), Case(60, 333, 64, BF16, is_causal=True)], ids=str
-)
+@pytest.mark.parametrize("case", LONG, ids=str)
 def test_long_backward_is_as_accurate_as_torch(kernels, case, mode):
     check_backward(library_for(kernels, case), case, mode)
+
+
+@pytest.mark.parametrize("mode", [STORE_ONCE, SEPARATE, ATOMIC], ids=["one", "separate", "atomic"])
+def test_gradient_of_the_lse_flows(kernels, mode):
+    case = Case(50, 40 if mode == STORE_ONCE else 200, 40)
+    check_backward(library_for(kernels, case), case, mode, with_dlse=True)
+
+
+def test_separate_and_one_launch_backwards_repeat_bit_for_bit(kernels):
+    for mode, k_len in ((STORE_ONCE, 60), (SEPARATE, 200)):
+        case = Case(50, k_len, 40)
+        library = library_for(kernels, case)
+        ran = run_forward(library, case)
+        dout = case.random(1, case.q_len)
+        first = run_backward(library, case, ran, dout, None, mode)
+        again = run_backward(library, case, ran, dout, None, mode)
+        assert all(map(torch.equal, first, again))
+
+
+FAULTS = {
+    "a barrier is missing": (
+        ("tile.cuh", "sync_block();\n    start(step + kStages - 1);", "start(step + kStages - 1);"),
+        "barrier",
+    ),
+    "a copy is not awaited": (
+        ("tile.cuh", "copy_wait<kStages - 2>();", "copy_wait<kStages - 1>();"),
+        "not waited for",
+    ),
+    "shared memory is not swizzled": (("tile.cuh", "(chunk ^ twist)", "chunk"), "conflicts"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_emulator_finds(fault, tmp_path):
+    (name, right, wrong), wanted = FAULTS[fault]
+    for folder in ("csrc", "tests/emulation"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    source = tmp_path / "csrc/sm80" / name
+    assert right in source.read_text()
+    source.write_text(source.read_text().replace(right, wrong))
+    library = compile_kernels(tmp_path, 64, tmp_path / "faulty.so")
+    with pytest.raises(AssertionError) as found:
+        run_forward(library, Case(70, 200, 64))
+    assert wanted in str(found.value)

@@ -148,35 +148,40 @@ struct DqShare {
   }
 };
 
-// dq of one query tile from this block's keys: stored, or added to the workspace.
+// dq of one query tile from this block's keys: stored, or added to the workspace. At most 64
+// columns at a time, which bounds the registers.
 template <typename T, class C>
 LDM_DEVICE void query_gradient(T type, const FlashParams& p, Tile<C::kBlockQ> ds,
                                Tile<C::kPadded> keys, int batch, int head, int query) {
+  constexpr int kMost = C::kPadded > 192 ? 16 : 64;
+  constexpr int kColumns = C::kDqColumns < kMost ? C::kDqColumns : kMost;
   const DqShare<C> share;
-  float dq[C::kDqColumns / 8][4] = {};
-  LDM_UNROLL for (int k = 0; k < C::kBlockK / 16; ++k) {
-    uint32_t a[4];
-    load_a_transposed(a, ds, k * 16, share.row);
-    LDM_UNROLL for (int n = 0; n < C::kDqColumns / 16; ++n) {
-      if (share.column + n * 16 >= C::kPadded) break;  // the last warp's share may be smaller
-      uint32_t b[4];
-      load_b_transposed(b, keys, k * 16, share.column + n * 16);
-      mma(type, dq[2 * n], a, b[0], b[1]);
-      mma(type, dq[2 * n + 1], a, b[2], b[3]);
-    }
-  }
-  if (p.dq_mode == kStoreOnce) {
-    const Rows rows = rows_of(p.dq, batch, head);
-    LDM_UNROLL for (int n = 0; n < C::kDqColumns / 8; ++n) {
-      share.store(type, rows, query, n, dq[n], p);
-    }
-    return;
-  }
   const int64_t head_index = static_cast<int64_t>(batch) * p.heads + head;
-  float* target =
-      share.workspace(p, head_index * ceil_div(p.q_len, C::kBlockQ) + query / C::kBlockQ);
-  LDM_UNROLL for (int n = 0; n < C::kDqColumns / 8; ++n) {
-    LDM_UNROLL for (int e = 0; e < 4; ++e) add_atomic(target + (n * 4 + e) * kWarp, dq[n][e]);
+  const int64_t tile = head_index * ceil_div(p.q_len, C::kBlockQ) + query / C::kBlockQ;
+  LDM_UNROLL for (int first = 0; first < C::kDqColumns; first += kColumns) {
+    float dq[kColumns / 8][4] = {};
+    LDM_UNROLL for (int k = 0; k < C::kBlockK / 16; ++k) {
+      uint32_t a[4];
+      load_a_transposed(a, ds, k * 16, share.row);
+      LDM_UNROLL for (int n = 0; n < kColumns / 16; ++n) {
+        const int column = share.column + first + n * 16;
+        if (first + n * 16 >= C::kDqColumns || column >= C::kPadded) break;
+        uint32_t b[4];
+        load_b_transposed(b, keys, k * 16, column);
+        mma(type, dq[2 * n], a, b[0], b[1]);
+        mma(type, dq[2 * n + 1], a, b[2], b[3]);
+      }
+    }
+    LDM_UNROLL for (int n = 0; n < kColumns / 8; ++n) {
+      const int block = first / 8 + n;
+      if (block >= C::kDqColumns / 8) break;
+      if (p.dq_mode == kStoreOnce) {
+        share.store(type, rows_of(p.dq, batch, head), query, block, dq[n], p);
+      } else {
+        float* target = share.workspace(p, tile) + block * 4 * kWarp;
+        LDM_UNROLL for (int e = 0; e < 4; ++e) add_atomic(target + e * kWarp, dq[n][e]);
+      }
+    }
   }
 }
 
@@ -216,6 +221,7 @@ flash_bwd_kernel(LDM_PARAMS p) {
                                      p.head_dim);
   load_tile<C::kBlockK, C::kThreads>(v_tile, rows_of(p.v, batch, kv_head), k_begin, p.k_len,
                                      p.head_dim);
+  copy_commit();  // a group of their own: there may be no query that sees these keys
   if (p.fused_delta) {
     for (int row = warp; row < group * p.q_len; row += C::kWarps) {
       const int head = kv_head * group + row / p.q_len, query = row % p.q_len;

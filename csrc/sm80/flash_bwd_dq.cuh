@@ -64,6 +64,7 @@ flash_bwd_dq_kernel(LDM_PARAMS p) {
                                      p.head_dim);
   load_tile<C::kBlockQ, C::kThreads>(do_tile, rows_of(p.d_o, batch, head), q_begin, p.q_len,
                                      p.head_dim);
+  copy_commit();
   LDM_UNROLL for (int step = 0; step < C::kStages - 1; ++step) start(step);
 
   float lse[2], delta[2];

@@ -11,10 +11,10 @@ namespace ldm {
 
 template <class C>
 struct KeyValueRing {
+  const FlashParams& p;  // pointers and strides are found anew each time: they cost registers
+  int batch, kv_head;
   uint32_t base;
-  Rows k, v;
   int steps;  // twice the number of key tiles
-  int k_len, head_dim;
 
   LDM_DEVICE Tile<C::kPadded> slot(int step) const {
     return {base + static_cast<uint32_t>(step % C::kSlots) * Tile<C::kPadded>::bytes(C::kBlockK)};
@@ -22,11 +22,13 @@ struct KeyValueRing {
   // Every step commits a group, an empty one past the end, so that waiting can count groups.
   LDM_DEVICE void start(int step) const {
     if (step < steps) {
-      load_tile<C::kBlockK, C::kThreads>(slot(step), step % 2 == 0 ? k : v, step / 2 * C::kBlockK,
-                                         k_len, head_dim);
+      const Rows rows = rows_of(step % 2 == 0 ? p.k : p.v, batch, kv_head);
+      load_tile<C::kBlockK, C::kThreads>(slot(step), rows, step / 2 * C::kBlockK, p.k_len,
+                                         p.head_dim);
     }
     copy_commit();
   }
+  // The tile of this step; the slot of the step before is free from here on and filled anew.
   LDM_DEVICE Tile<C::kPadded> next(int step) const {
     await_step<C::kSlots>(step, [&](int later) { start(later); });
     return slot(step);
@@ -62,7 +64,10 @@ struct QueryOperand {
 template <typename T, class C>
 LDM_DEVICE void multiply_keys(T type, float (&s)[C::kRowTiles][C::kBlockK / 8][4],
                               const QueryOperand<C>& query, Tile<C::kPadded> keys) {
-  LDM_UNROLL for (int k = 0; k < C::kPadded / 16; ++k) {
+  // registers need constant indices; a partly rolled loop over shared memory saves registers
+  constexpr int kUnroll = C::kQueryInRegisters ? QueryOperand<C>::kSteps : 4;
+#pragma unroll kUnroll
+  for (int k = 0; k < QueryOperand<C>::kSteps; ++k) {
     uint32_t a[C::kRowTiles][4];
     LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) query.get(a[r], r, k);
     LDM_UNROLL for (int n = 0; n < C::kBlockK / 16; ++n) {
@@ -137,12 +142,7 @@ flash_fwd_kernel(LDM_PARAMS p) {
   const int k_tiles = ceil_div(key_end, C::kBlockK);
 
   const Tile<C::kPadded> q_tile = {shared_base()};
-  const KeyValueRing<C> ring = {q_tile.rows_from(C::kBlockQ).base,
-                                rows_of(p.k, batch, kv_head),
-                                rows_of(p.v, batch, kv_head),
-                                2 * k_tiles,
-                                p.k_len,
-                                p.head_dim};
+  const KeyValueRing<C> ring = {p, batch, kv_head, q_tile.rows_from(C::kBlockQ).base, 2 * k_tiles};
   load_tile<C::kBlockQ, C::kThreads>(q_tile, rows_of(p.q, batch, head), q_begin, p.q_len,
                                      p.head_dim);
   LDM_UNROLL for (int step = 0; step < C::kSlots - 1; ++step) ring.start(step);
