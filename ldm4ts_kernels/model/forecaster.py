@@ -2,7 +2,8 @@
 
 history -> (image -> latents, noised and denoised by the U-Net under the window's tokens -> image ->
 visual head; patches -> Transformer) -> gate -> location and scale of the future.
-Li et al., "LDM4TS", arXiv 2502.14887.
+Ruan et al., "Vision-Enhanced Time Series Forecasting via Latent Diffusion Models",
+arXiv 2502.14887.
 """
 
 import contextlib
