@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,10 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
     2502.14887, algorithm 1) by AdamW under a cosine schedule. Writes config.output: see `runs`.
     on_step gets StepReports; if it returns True, the run stops as on Ctrl-C.
 
-    Raises ValueError for options or a directory that do not fit (OptionError), for data
-    (DataError) and for a checkpoint (CheckpointError);
-    TrainingError for a loss that is not finite; TrainingInterrupted after Ctrl-C, SIGTERM or
-    on_step's wish, with a checkpoint written. A second Ctrl-C does not wait for the step's end.
+    Raises OptionError for options or a directory that do not fit, DataError for the table,
+    CheckpointError for a damaged checkpoint (each a ValueError); TrainingError for a loss that is
+    not finite; TrainingInterrupted after Ctrl-C, SIGTERM or on_step's wish, with a checkpoint
+    written. A second Ctrl-C does not wait for the step's end.
     """
     started = time.perf_counter()
     splits = load_splits(config.data)
@@ -267,14 +268,16 @@ def _keep_books(
     validation = None
     if stage == "forecaster" and (last or step % config.validate_every == 0):
         log.check_finite()
-        validation = _validate(job)
+        with log.clock_stopped():
+            validation = _validate(job)
     if saving or validation or step % config.log_every == 0 or job.stop.requested:
         job.report(log.flush(validation))
     if saving or job.stop.requested:
         position = Position.at(stage, step)
-        save_checkpoint(
-            job.run.checkpoints, position, job.model, optimizer, keep=config.keep_checkpoints
-        )
+        with log.clock_stopped():
+            save_checkpoint(
+                job.run.checkpoints, position, job.model, optimizer, keep=config.keep_checkpoints
+            )
     job.raise_if_stopped()
 
 
@@ -290,6 +293,13 @@ class _Log:
 
     def add(self, step: int, rate: float, losses: dict[str, Tensor]) -> None:
         self.pending.append((step, rate, {name: loss.detach() for name, loss in losses.items()}))
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leave what the block takes out of the steps per second."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
     def check_finite(self) -> dict[str, float]:
         """Return the last step's losses; TrainingError if a loss since the flush is not finite."""

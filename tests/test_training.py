@@ -184,6 +184,23 @@ def test_a_run_in_bf16_keeps_float32_weights(tmp_path):
     train(tiny_config(tmp_path, "other", steps=1))  # this process is not bound to bf16
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_reports_its_peak_and_resumes(tmp_path):
+    options = {"device": "cuda", "precision": "bf16", "gradient_checkpointing": True}
+    reports: list[StepReport] = []
+
+    def stop_in_between(report):
+        reports.append(report)
+        return (report.stage, report.step) == ("forecaster", 2)
+
+    with pytest.raises(TrainingInterrupted):
+        train(tiny_config(tmp_path, log_every=2, **options), stop_in_between)
+    assert reports[-1].peak_gib > 0
+    result = train(tiny_config(tmp_path, log_every=2, resume=True, **options))
+    assert math.isfinite(result.test.scores["ldm4ts"]["crps"])
+    assert records(result.directory)[-1]["step"] == 4
+
+
 def test_training_runs_in_a_thread(tmp_path):
     """As a panel does it: signals are then the main thread's, and on_step stops the run."""
     caught: list[str] = []
