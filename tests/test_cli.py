@@ -14,8 +14,8 @@ from tiny_run import write_series
 from ldm4ts_kernels import __version__, cli
 
 TRAIN = shlex.split("""train --data csv --timestamp time --target c --history 24 --horizons 1-3
-    --period 6 --device cpu --image-size 32 --steps 2 --autoencoder-steps 2 --batch-size 2 --eval-windows 2
-    --eval-samples 2 --sampling-steps 1 --validate-every 2 --checkpoint-every 1""")
+    --period 6 --device cpu --image-size 32 --steps 2 --autoencoder-steps 2 --batch-size 2
+    --eval-windows 2 --eval-samples 2 --sampling-steps 1 --validate-every 2 --checkpoint-every 1""")
 
 
 @pytest.fixture
