@@ -16,9 +16,14 @@ LIBRARY = Path(__file__).with_name("_C.so")
 MAX_HEAD_DIM = 256
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def load_error() -> str | None:
     """Load the extension if that has not happened yet; return why it cannot be used, or None."""
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
     if not LIBRARY.exists():
         return "the compiled extension is not part of this install (reinstall where nvcc is found)"
     try:

@@ -1,0 +1,297 @@
+"""The loader, the fakes and the gradient of the compiled kernels; on a GPU, the kernels too."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ldm4ts_kernels import native, reference
+from tests.assertions import assert_as_accurate_as
+from tests.cases import LARGE, Shape, draw
+
+ROOT = Path(__file__).parents[1]
+SCHEMAS = [
+    "".join(re.findall(r'"([^"]*)"', text))
+    for text in re.findall(r"m\.def\((.*?)\);", (ROOT / "csrc/ops.cpp").read_text(), re.DOTALL)
+]
+LOADED = native.load_error() is None
+built = pytest.mark.skipif(not LOADED, reason=f"{native.load_error()}")
+
+
+@pytest.fixture
+def library_at(monkeypatch):
+    """Return a function that lets the loader find its library at a path, and says what it says."""
+
+    def load_error_of(path: Path) -> str | None:
+        monkeypatch.setattr(native, "LIBRARY", path)
+        return native._load.__wrapped__()
+
+    return load_error_of
+
+
+def test_an_install_without_the_library_says_so(library_at, tmp_path):
+    assert "not part of this install" in library_at(tmp_path / "_C.so")
+
+
+def test_a_file_that_is_no_library_is_a_sentence(library_at, tmp_path):
+    (tmp_path / "_C.so").write_text("not a library")
+    assert re.search(
+        "does not load: .*(ELF|file too short|invalid)", library_at(tmp_path / "_C.so")
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+def test_an_undefined_symbol_is_named(library_at, tmp_path):
+    source, target = tmp_path / "broken.cpp", tmp_path / "_C.so"
+    source.write_text("void from_a_later_torch(); void call() { from_a_later_torch(); }")
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+    assert "from_a_later_torch" in library_at(target)
+
+
+def test_calling_kernels_that_do_not_load_raises_the_sentence(monkeypatch):
+    monkeypatch.setattr(native, "load_error", lambda: "no kernels here")
+    with pytest.raises(RuntimeError, match="no kernels here"):
+        native.flash_attention(*[torch.zeros(1, 1, 1, 8)] * 3)
+
+
+def test_importing_loads_nothing():
+    look = "import ldm4ts_kernels.native as n; assert n._load.cache_info().currsize == 0"
+    subprocess.run([sys.executable, "-c", look], check=True, cwd=ROOT)
+
+
+@built
+def test_the_loaded_schemas_are_those_of_the_source():
+    for schema in SCHEMAS:
+        name = schema.split("(")[0]
+        loaded = getattr(torch.ops.ldm4ts_kernels, name).default._schema
+        wanted = torch._C.parse_schema(f"ldm4ts_kernels::{schema}")
+        assert str(loaded) == str(wanted)
+
+
+def forward_on_cpu(query, key, value, attn_mask, is_causal, scale):
+    out, lse = reference.attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+    return torch.empty_like(query).copy_(out), lse.float().contiguous()
+
+
+def backward_on_cpu(
+    dout, query, key, value, out, lse, attn_mask, dlse, is_causal, scale, deterministic
+):
+    """The formulas of csrc/sm80/flash_bwd.cuh, scores and all; operators run below autograd."""
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    scores = query @ keys.mT * scale + (0.0 if attn_mask is None else attn_mask)
+    p = torch.exp(scores - lse.to(scores.dtype)[..., None])
+    p = p.tril() if is_causal else p
+    delta = (dout * out).sum(-1, keepdim=True) - (0.0 if dlse is None else dlse[..., None])
+    ds = p * (dout @ values.mT - delta) * scale
+    wide = [ds @ keys, ds.mT @ query, p.mT @ dout]
+    grads = [wide[0], *(x.unflatten(1, (-1, groups)).sum(2) for x in wide[1:])]
+    return tuple(
+        torch.empty_like(tensor).copy_(grad)
+        for tensor, grad in zip((query, key, value), grads, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def cpu_kernels():
+    """Plain torch behind the operators' CPU key: what stands around the kernels runs anywhere."""
+    library = torch.library.Library("ldm4ts_kernels", "FRAGMENT")
+    patch = pytest.MonkeyPatch()
+    if not LOADED:
+        for schema in SCHEMAS:
+            library.define(schema)
+        native._register_fakes()
+        patch.setattr(native, "load_error", lambda: None)
+    library.impl("flash_forward", forward_on_cpu, "CPU")
+    library.impl("flash_backward", backward_on_cpu, "CPU")
+    yield
+    patch.undo()
+    library._destroy()
+
+
+def inputs_on_cpu(requires_grad: bool = True) -> list[Tensor]:
+    shapes = [(2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)]
+    drawn = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    return [tensor.requires_grad_(requires_grad) for tensor in drawn]
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_of_the_output_and_of_the_lse_are_the_references(is_causal):
+    def weigh(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = native.flash_attention(
+            query, key, value, is_causal=is_causal, scale=0.3, return_lse=True
+        )
+        return out.sum() + (out * out).sum() + lse.double().square().sum()
+
+    found = torch.autograd.grad(weigh(*(given := inputs_on_cpu())), given)
+
+    def weigh_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = reference.attention(query, key, value, is_causal=is_causal, scale=0.3)
+        return out.sum() + (out * out).sum() + lse.square().sum()
+
+    expected = torch.autograd.grad(weigh_reference(*given), given)
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_a_loss_on_the_lse_alone_has_a_gradient():
+    query, key, value = inputs_on_cpu()
+    native.flash_attention(query, key, value, return_lse=True)[1].sum().backward()
+    assert query.grad.abs().sum() > 0
+    assert value.grad.abs().sum() == 0
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_the_default_scale_is_that_of_sdpa():
+    query, key, value = inputs_on_cpu(requires_grad=False)
+    out = native.flash_attention(query, key, value)
+    torch.testing.assert_close(out, reference.attention(query, key, value)[0])
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_a_mask_that_wants_a_gradient_is_refused():
+    mask = torch.zeros(5, 7, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="attn_mask must not require a gradient"):
+        native.flash_attention(*inputs_on_cpu(), mask)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_training_compiles_without_a_graph_break():
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return native.flash_attention(query, key, value, is_causal=True).square().sum()
+
+    given = inputs_on_cpu()
+    wanted = torch.autograd.grad(step(*given), given)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(torch.autograd.grad(compiled(*given), given), wanted, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_operators_pass_opcheck():
+    query, key, value = inputs_on_cpu(requires_grad=False)
+    ops = torch.ops.ldm4ts_kernels
+    tests = ("test_schema", "test_faketensor")
+    mask = torch.randn(5, 7, dtype=torch.float64)
+    out, lse = ops.flash_forward.default(query, key, value, mask, False, 0.3)
+    torch.library.opcheck(
+        ops.flash_forward.default, (query, key, value, mask, False, 0.3), test_utils=tests
+    )
+    sent = (torch.randn_like(out), query, key, value, out, lse, mask, None, False, 0.3, True)
+    torch.library.opcheck(ops.flash_backward.default, sent, test_utils=tests)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_fakes_keep_the_order_of_the_querys_dimensions():
+    with FakeTensorMode():
+        query = torch.empty(2, 9, 4, 8, dtype=torch.float16, device="cuda").transpose(1, 2)
+        out, lse = torch.ops.ldm4ts_kernels.flash_forward.default(
+            query, query, query, None, False, 1.0
+        )
+    assert (out.shape, out.stride(), out.dtype) == (query.shape, query.stride(), query.dtype)
+    assert (lse.shape, lse.dtype) == (torch.Size([2, 4, 9]), torch.float32)
+
+
+# ---- on a GPU
+
+
+def attend(shape: Shape, dtype: torch.dtype, **options) -> None:
+    """Hold output and gradients of one call to the float64 reference."""
+    inputs = draw(shape, dtype, torch.device("cuda"))
+    results = []
+    for call, kind in (
+        (native.flash_attention, dtype),
+        (reference.attention, dtype),
+        (reference.attention, torch.float64),
+    ):
+        given = [tensor.detach().to(kind).requires_grad_() for tensor in inputs]
+        out = call(*given, **options)
+        out = out if isinstance(out, Tensor) else out[0]
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        results.append([out, *torch.autograd.grad(out, given, dout)])
+    for name, slack, *trio in zip(("out", "dq", "dk", "dv"), (2, 3, 3, 3), *results, strict=True):
+        assert_as_accurate_as(*trio, name=name, slack=slack)
+
+
+@built
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_kernels_are_as_accurate_as_torch_on_a_gpu(shape, is_causal, dtype):
+    attend(shape, dtype, is_causal=is_causal)
+
+
+@built
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.float16])
+def test_masks_are_as_accurate_as_torch_on_a_gpu(kind):
+    mask = torch.randn(2, 1, 1, 700, device="cuda")
+    attend(
+        Shape(2, 4, 4, 500, 700, 80),
+        torch.float16,
+        attn_mask=(mask > 0) if kind == torch.bool else mask.to(kind),
+    )
+
+
+@built
+@pytest.mark.gpu
+def test_no_two_of_250_runs_differ_where_no_atomics_are_used(monkeypatch):
+    query, key, value = draw(Shape(60, 4, 4, 239, 239, 64), torch.float16, torch.device("cuda"))
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = None
+        for _ in range(250):
+            out, lse = native.flash_attention(query, key, value, return_lse=True)
+            found = [out, lse, *torch.autograd.grad(out.sum(), (query, key, value))]
+            first = first or found
+            assert all(map(torch.equal, found, first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@built
+@pytest.mark.gpu
+def test_forward_and_backward_replay_from_a_graph():
+    given = draw(Shape(2, 4, 4, 300, 300, 64), torch.bfloat16, torch.device("cuda"))
+
+    def step() -> tuple[Tensor, ...]:
+        out = native.flash_attention(*given)
+        return (out, *torch.autograd.grad(out.square().sum(), given))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor in given:
+            tensor.normal_()
+    graph.replay()
+    for actual, wanted in zip(captured, step(), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-2, atol=1e-2)
+
+
+@built
+@pytest.mark.gpu
+def test_bad_arguments_are_named():
+    query = torch.zeros(1, 2, 3, 8, dtype=torch.float16, device="cuda")
+    for name, given in {
+        "query must be float16": (query.float(), query.float(), query.float()),
+        "key must have shape": (query, query[..., :4], query),
+        "value must be contiguous": (query, query, query.mT.contiguous().mT),
+        "key must be on the CUDA device": (query, query.cpu(), query),
+        "attn_mask must broadcast": (query, query, query, query.new_zeros(5, 5)),
+    }.items():
+        with pytest.raises(RuntimeError, match=name):
+            native.flash_attention(*given)
