@@ -213,12 +213,14 @@ def test_one_sample_has_no_spread_and_no_nan():
     assert all(torch.equal(forecast[name], forecast["mean"]) for name in ("q05", "q50", "q95"))
 
 
-def test_statistics_are_those_of_the_draws():
+def test_statistics_are_those_of_the_draws_and_the_mean_that_of_their_locations():
     model = ready(targets=(2, 0))
     draws = model.sample(windows(), num_samples=7, generator=seeded())
+    locations, _ = model._draw(windows(), 7, None, seeded())
     forecast = model(windows(), num_samples=7, generator=seeded())
     assert draws.shape == (7, 3, 2, 2)
-    torch.testing.assert_close(forecast["mean"], draws.mean(dim=0))
+    torch.testing.assert_close(forecast["mean"], locations.mean(dim=0))
+    assert not torch.allclose(locations, draws)
     torch.testing.assert_close(forecast["std"], draws.std(dim=0, correction=0))
     for name, level in (("q05", 0.05), ("q50", 0.5), ("q95", 0.95)):
         torch.testing.assert_close(forecast[name], draws.quantile(level, dim=0))

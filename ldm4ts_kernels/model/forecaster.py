@@ -204,6 +204,16 @@ class LDM4TSModel(nn.Module):
         draw is the location itself. The name is the guide's: any V variates serve.
         Raises ValueError for wrong shapes, NaN or infinity, or too many sampling steps.
         """
+        return self._draw(ohlcv, num_samples, sampling_steps, generator)[1]
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        ohlcv: Tensor,
+        num_samples: int,
+        sampling_steps: int | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:  # locations and draws, each (S, B, T, C), in units of the input
         history = as_windows("ohlcv", ohlcv, self.config, self.device)
         check_finite("ohlcv", history)
         _check_count("num_samples", num_samples)
@@ -216,9 +226,14 @@ class LDM4TSModel(nn.Module):
             latents = self.noise_process.sample(self.unet, noise, tokens, steps)
             temporal = self._encode_targets(series).repeat(num_samples, 1, 1)  # (S * B, C, width)
             location, scale = self._read_forecast(latents, temporal)
+        draws = location
         if num_samples > 1:
-            location = location + scale * randn_tensor(location.shape, generator, self.device)
-        return last + deviation * location.unflatten(0, (num_samples, -1))
+            draws = location + scale * randn_tensor(location.shape, generator, self.device)
+        locations, draws = (
+            last + deviation * values.unflatten(0, (num_samples, -1))
+            for values in (location, draws)
+        )
+        return locations, draws
 
     def forward(
         self,
@@ -231,15 +246,17 @@ class LDM4TSModel(nn.Module):
         """Return "mean", "std", "q05", "q50" and "q95" of `num_samples` draws, each (B, T, C).
 
         current_price, (B,) for one target or (B, C), is a value newer than the window's last: the
-        forecast is shifted by the difference. std is the draws' own (divided by S, so 0 for one).
+        forecast is shifted by the difference. mean is that of the draws' locations, which is the
+        draws' own without the noise of the scale; std is the draws' (divided by S, so 0 for one).
         Units, and errors, as for `sample`. No gradient: training goes through `loss`.
         """
-        draws = self.sample(ohlcv, num_samples, sampling_steps, generator)  # (S, B, T, C)
+        locations, draws = self._draw(ohlcv, num_samples, sampling_steps, generator)
         if current_price is not None:
             history = as_windows("ohlcv", ohlcv, self.config, self.device)
             price = as_prices(current_price, len(history), self.config, self.device)
-            draws = draws + (price - history[:, -1, self.targets])[:, None]
-        statistics = {"mean": draws.mean(dim=0), "std": draws.std(dim=0, correction=0)}
+            shift = (price - history[:, -1, self.targets])[:, None]
+            locations, draws = locations + shift, draws + shift
+        statistics = {"mean": locations.mean(dim=0), "std": draws.std(dim=0, correction=0)}
         ordered = draws.sort(dim=0).values
         for name, level in QUANTILES.items():
             statistics[name] = _interpolate(ordered, level)
