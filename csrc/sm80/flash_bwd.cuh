@@ -101,7 +101,9 @@ LDM_DEVICE void accumulate(T type, float (&sum)[C::kRowTiles][C::kWarpColumns / 
                            const float (&own)[C::kRowTiles][C::kWarpQueries / 8][4],
                            Tile<C::kBlockQ> shared, int key_row, Tile<C::kPadded> queries,
                            int column) {
-  LDM_UNROLL for (int k = 0; k < C::kBlockQ / 16; ++k) {
+  constexpr int kUnroll = C::kColumnWarps > 1 ? 1 : C::kBlockQ / 16;  // registers: by constants
+#pragma unroll kUnroll
+  for (int k = 0; k < C::kBlockQ / 16; ++k) {
     uint32_t a[C::kRowTiles][4];
     LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
       if constexpr (C::kColumnWarps == 1) {

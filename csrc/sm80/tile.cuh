@@ -86,7 +86,9 @@ LDM_DEVICE void store_accumulator(T type, Tile<kColumns> tile, int row, int colu
 template <typename T, int kRowTiles, int kColumnTiles, int kColumns>
 LDM_DEVICE void multiply_rows(T type, float (&c)[kRowTiles][kColumnTiles][4], Tile<kColumns> a_tile,
                               int a_row, Tile<kColumns> b_tile, int b_row) {
-  LDM_UNROLL for (int k = 0; k < kColumns / 16; ++k) {
+  constexpr int kUnroll = kColumns > 192 ? 4 : kColumns / 16;  // a longer loop body spills
+#pragma unroll kUnroll
+  for (int k = 0; k < kColumns / 16; ++k) {
     uint32_t a[kRowTiles][4];
     LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) load_a(a[r], a_tile, a_row + r * 16, k * 16);
     LDM_UNROLL for (int n = 0; n < kColumnTiles / 2; ++n) {

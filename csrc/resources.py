@@ -1,0 +1,133 @@
+"""Prints what every compiled kernel takes of a GPU, as the table in docs/kernels.md.
+
+    python csrc/resources.py ldm4ts_kernels/_C.so
+
+Registers and spills are read from the machine code (cuobjdump), threads and shared memory from
+csrc/sm80/tiles.h; both need no GPU. Blocks an SM follow from the four limits below.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).parent
+HEAD_DIMS = [int(dim) for dim in re.findall(r"X\((\d+)\)", (CSRC / "dispatch.h").read_text())]
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
+SHARED_AN_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB, 1 of them the system's for each block
+SHARED_A_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB
+WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64}
+REGISTERS_AN_SM = 65536
+TILES = """
+#include <cstdio>
+#include "sm80/tiles.h"
+using namespace ldm;
+template <class T> void show(const char* name, const char* rest) {
+  std::printf("%s<%d%s> %d %d\\n", name, T::kHeadDim, rest, T::kThreads, T::kSharedBytes);
+}
+template <int kDim> void show_all() {
+  show<FwdTiles<kDim, false>>("FwdTiles", ", false");
+  show<FwdTiles<kDim, true>>("FwdTiles", ", true");
+  show<BwdTiles<kDim>>("BwdTiles", "");
+  show<DqTiles<kDim>>("DqTiles", "");
+}
+"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel's machine code for one architecture."""
+
+    name: str  # as in the sources
+    tiles: str  # its tile's type
+    element: str
+    masked: bool
+    arch: int
+    registers: int
+    stack_bytes: int  # spills and local arrays
+    threads: int
+    shared_bytes: int
+
+    @property
+    def head_dim(self) -> int:
+        return int(re.findall(r"\d+", self.tiles)[0])
+
+    def blocks(self, capability: int) -> int:
+        """Return how many blocks of this kernel an SM of `capability` holds."""
+        warps = self.threads // 32
+        registers = REGISTERS_AN_SM // (warps * -(-self.registers * 32 // 256) * 256)
+        shared = SHARED_AN_SM[capability] * 1024 // (self.shared_bytes + 1024)
+        return min(registers, shared, WARPS_AN_SM[capability] // warps)
+
+
+def tile_sizes() -> dict[str, tuple[int, int]]:
+    """Return threads and bytes of shared memory by tile type, as the compiler computes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "tiles.cpp"), Path(folder, "tiles")
+        source.write_text(
+            TILES + "int main() { " + " ".join(f"show_all<{dim}>();" for dim in HEAD_DIMS) + " }"
+        )
+        command = ["g++", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(program)]
+        subprocess.run(command, check=True)
+        lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    found = [line.rsplit(" ", 2) for line in lines.splitlines()]
+    return {tiles: (int(threads), int(shared)) for tiles, threads, shared in found}
+
+
+def find_cuobjdump() -> str:
+    """Return CUDA's cuobjdump, or the one that Triton brings along."""
+    triton = importlib.util.find_spec("triton")
+    bundled = [f"{triton.submodule_search_locations[0]}/backends/nvidia/bin"] if triton else []
+    found = shutil.which("cuobjdump", path=os.pathsep.join([*os.get_exec_path(), *bundled]))
+    if not found:
+        raise FileNotFoundError("cuobjdump is neither on PATH nor part of an installed triton")
+    return found
+
+
+def kernels(library: Path) -> list[Kernel]:
+    """Return every attention kernel in a compiled library."""
+    command = [find_cuobjdump(), "-res-usage", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True).stdout
+    sizes, found, arch = tile_sizes(), [], 0
+    for line in text.replace("ldm::", "").splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        if match := re.search(r"(flash_\w+)<(\w+), (\w+<[^>]*>)(?:, (\w+))?\s*>", line):
+            name, element, tiles, masked = match.groups()
+        if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
+            resident = "prepare" in name or "round" in name  # these keep nothing in shared memory
+            threads, shared = sizes[tiles]
+            found.append(
+                Kernel(
+                    name, tiles, element, masked == "true", arch,
+                    int(match[1]), int(match[2]), threads, 0 if resident else shared,
+                )
+            )  # fmt: skip
+    return found
+
+
+def table(found: list[Kernel]) -> str:
+    """Return the kernels as Markdown: float16 and bfloat16 share a row where they are equal."""
+    lines = [
+        "| kernel | tiles | mask | code | threads | registers | stack | shared KiB | blocks a SM |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in sorted(found, key=lambda k: (k.name, k.head_dim, k.tiles, k.masked, k.arch)):
+        runs_on = (80, 86, 89) if one.arch == 80 else (one.arch,)
+        blocks = " · ".join(f"{one.blocks(to)} on {to}" for to in runs_on)
+        cells = (one.name, one.tiles, "yes" if one.masked else "no", f"sm_{one.arch}", one.threads)
+        cells += (one.registers, one.stack_bytes, f"{one.shared_bytes / 1024:.1f}", blocks)
+        line = "| " + " | ".join(map(str, cells)) + " |"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table(kernels(Path(sys.argv[1]))) + "\n")
