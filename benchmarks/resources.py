@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,12 +25,19 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ldm4ts_kernels.kernels import flash_backward, flash_forward
+from ldm4ts_kernels.kernels import (
+    flash_backward,
+    flash_forward,
+    int8_backward,
+    int8_forward,
+    quantize,
+)
 from ldm4ts_kernels.kernels.problem import Problem
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
 HEAD_DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
 SHARED_LIMIT_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
+MODULES = (flash_forward, flash_backward, quantize, int8_forward, int8_backward)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -38,6 +45,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 
 
@@ -70,27 +78,58 @@ class _Recorder:
         return lambda *args, **kwargs: self.launches.append((args, kwargs))
 
 
-def record_launches(problem: Problem) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Yield (kernel, args, kwargs) of each launch of a forward and backward of `problem`."""
+class Tensors(NamedTuple):
+    """The operands of a problem, on no device."""
 
-    def rows(heads: int, length: int) -> torch.Tensor:
-        shape = (problem.batch, heads, length, problem.head_dim)
-        return torch.empty(shape, dtype=problem.dtype, device="meta")
+    query: torch.Tensor  # (B, H, Q, D); also of out, dout and dq
+    key: torch.Tensor  # (B, G, K, D); also of value, dk and dv
+    lse: torch.Tensor  # (B, H, Q) float32; also of a shift
 
-    query = rows(problem.heads, problem.query_length)
-    key = rows(problem.kv_heads, problem.key_length)
-    lse = torch.empty(query.shape[:3], device="meta")
+
+def meta_tensors(problem: Problem) -> Tensors:
+    """Return tensors of the problem's shapes without data."""
+    batch, width = problem.batch, problem.head_dim
+    query = (batch, problem.heads, problem.query_length, width)
+    key = (batch, problem.kv_heads, problem.key_length, width)
+    return Tensors(
+        torch.empty(query, dtype=problem.dtype, device="meta"),
+        torch.empty(key, dtype=problem.dtype, device="meta"),
+        torch.empty(query[:3], device="meta"),
+    )
+
+
+def launch_exact(problem: Problem) -> None:
+    """Launch a forward and backward of exact attention."""
+    query, key, lse = meta_tensors(problem)
+    flash_forward.flash_forward(problem, query, key, key, None, None, query, lse)
+    flash_backward.flash_backward(
+        problem, query, key, key, None, None, query, lse, query, None, query, key, key, None
+    )
+
+
+def launch_int8(problem: Problem) -> None:
+    """Launch a quantisation, forward and backward of INT8 attention."""
+    query, key, lse = meta_tensors(problem)
+    quantised = quantize.empty_quantised(query, key)
+    quantize.quantise(problem, query, key, quantised, lse)
+    int8_forward.int8_forward(problem, quantised, key, None, query, lse)
+    int8_backward.int8_backward(
+        problem, quantised, key, None, query, lse, query, None, query, key, key
+    )
+
+
+def record_launches(
+    launch: Callable[[Problem], None], problem: Problem
+) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Yield (kernel, args, kwargs) of each kernel that `launch` starts for `problem`."""
     recorders = []
     with contextlib.ExitStack() as patches:
-        for module in (flash_forward, flash_backward):
+        for module in MODULES:
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel") and isinstance(kernel, triton.runtime.JITFunction):
                     recorders.append(_Recorder(kernel))
                     patches.enter_context(mock.patch.object(module, name, recorders[-1]))
-        flash_forward.flash_forward(problem, query, key, key, None, None, query, lse)
-        flash_backward.flash_backward(
-            problem, query, key, key, None, None, query, lse, query, None, query, key, key, None
-        )
+        launch(problem)
     for recorder in recorders:
         for args, kwargs in recorder.launches:
             yield recorder.kernel, args, kwargs
@@ -138,7 +177,11 @@ def read_resources(compiled: Any) -> tuple[int, int]:
 
 def measure(problem: Problem, capability: tuple[int, int]) -> Iterator[Resources]:
     """Yield the resources of each kernel that a forward and backward of `problem` launches."""
-    for kernel, args, kwargs in record_launches(problem._replace(capability=capability)):
+    problem = problem._replace(capability=capability)
+    launches = list(record_launches(launch_exact, problem))
+    if problem.dtype.itemsize == 2:
+        launches += record_launches(launch_int8, problem)
+    for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, capability)
         registers, spilled = read_resources(compiled)
         yield Resources(
@@ -147,7 +190,7 @@ def measure(problem: Problem, capability: tuple[int, int]) -> Iterator[Resources
             dtype=DTYPES[problem.dtype],
             head_dim=problem.head_dim,
             key_length=problem.key_length,
-            block_q=kwargs.get("BLOCK_Q", 0),
+            block_q=kwargs.get("BLOCK_Q", kwargs.get("BLOCK", 0)),
             block_k=kwargs.get("BLOCK_K", 0),
             num_warps=kwargs["num_warps"],
             num_stages=kwargs.get("num_stages", 0),
@@ -186,8 +229,9 @@ def main() -> None:
             problems = [problem_of(head_dim, key_length) for key_length in (77, 4096)]
             problems += [problem_of(head_dim, 4096, torch.float32)]
             for row in (row for problem in problems for row in measure(problem, capability)):
-                rows.append(row)
-                print(*row, flush=True)
+                if row not in rows:  # both precisions launch the kernel of delta
+                    rows.append(row)
+                    print(*row, flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="") as file:
         writer = csv.writer(file)

@@ -105,6 +105,15 @@ def _triton(arguments: Arguments) -> Result:
     )
 
 
+def _triton_int8(arguments: Arguments) -> Result:
+    from ldm4ts_kernels.kernels.int8 import int8_attention
+
+    query, key, value, attn_mask, _, is_causal, scale, return_lse = arguments
+    return int8_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, return_lse=return_lse
+    )
+
+
 def _flash_attn(arguments: Arguments) -> Result:
     from flash_attn import flash_attn_func
 
@@ -221,6 +230,21 @@ TRITON = Backend(
     _triton,
     declines=_declines_unmeasured,
 )
+TRITON_INT8 = Backend(
+    "triton_int8",
+    Requires(
+        module="triton",
+        dtypes=HALF,
+        max_head_dim=256,
+        masks=frozenset({"boolean", "additive"}),
+        dropout=False,
+        unequal_head_dims=False,
+        any_stride=False,
+        extra=(_triton_device, _no_keys, _no_queries),
+    ),
+    _triton_int8,
+    declines=_declines_unmeasured,
+)
 SAGEATTENTION2 = Backend(
     "sageattention2",
     Requires(
@@ -264,5 +288,5 @@ SDPA = Backend("sdpa", Requires(lse=False), _sdpa)
 
 CHAINS: dict[str, tuple[Backend, ...]] = {
     "exact": (NATIVE, FLASH_ATTN, TRITON, SDPA),
-    "int8": (SAGEATTENTION2, SAGEATTENTION, SDPA),
+    "int8": (SAGEATTENTION2, SAGEATTENTION, TRITON_INT8, SDPA),
 }

@@ -87,3 +87,67 @@ def _visible(
     if right is not None:
         visible &= column <= row + right
     return visible
+
+
+def quantised_attention(
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, G, K, D)
+    value: Tensor,  # (B, G, K, E)
+    attn_mask: Tensor | None = None,  # broadcasts to (B, H, Q, K)
+    *,
+    is_causal: bool = False,
+    bottom_right: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+    smooth: bool = True,
+) -> tuple[Tensor, Tensor]:  # (B, H, Q, E), (B, H, Q)
+    """Compute `attention` of query and key rounded to INT8, and the LSE of its rows.
+
+    Every `block_q` rows of the query and `block_k` rows of the key share one scale, as `quantise`
+    says; with `smooth` the key first loses its mean over tokens, which the softmax does not see and
+    the LSE is given back. The rounding counts as the identity in the backward pass, so autograd
+    computes the gradients of SageBwd (arXiv 2505.11594, section 4) with all products but S exact:
+        dQ = scale · dS K̂ (+ scale · dLSE · mean),  dK = scale · dSᵀ Q̂,  dV = Pᵀ dO
+    Masks, shapes and the result's dtype are those of `attention`.
+    Source: SageAttention, arXiv 2410.02367, section 4.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mean = key.detach().double().mean(2, keepdim=True).float() * float(smooth)  # (B, G, 1, D)
+    smoothed = key.detach().float() - mean
+    out, lse = attention(
+        dequantised(query.detach(), block_q).to(query.dtype) + (query - query.detach()),
+        dequantised(smoothed, block_k).to(key.dtype) + (key - key.detach()),
+        value,
+        attn_mask,
+        is_causal=is_causal,
+        bottom_right=bottom_right,
+        window=window,
+        scale=scale,
+    )
+    mean = mean.to(query.dtype).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return out, lse + scale * (query * mean).sum(-1)
+
+
+def quantise(
+    tensor: Tensor,  # (B, H, N, D)
+    block: int,
+) -> tuple[Tensor, Tensor]:  # (B, H, N, D) int8, (B, H, ⌈N / block⌉) float32
+    """Compute scale = max |x| / 127 of every `block` rows and round(x / scale), half to even.
+
+    A block of zeros (below 1e-30) gives exact zeros; a value that is not finite a scale of NaN.
+    """
+    rows = tensor.shape[2]
+    blocks = torch.nn.functional.pad(tensor.float(), (0, 0, 0, -rows % block)).unflatten(
+        2, (-1, block)
+    )  # (B, H, ⌈N / block⌉, block, D)
+    largest = blocks.abs().amax((-2, -1)).clamp(min=1e-30)
+    rounded = (blocks * (127.0 / largest)[..., None, None]).round()
+    return rounded.flatten(2, 3)[:, :, :rows].to(torch.int8), largest / 127.0 * (largest / largest)
+
+
+def dequantised(tensor: Tensor, block: int) -> Tensor:  # (B, H, N, D) → the same, float32
+    """Compute what is left of a tensor after `quantise`."""
+    int8, scale = quantise(tensor, block)
+    return int8 * scale.repeat_interleave(block, 2)[:, :, : tensor.shape[2], None]

@@ -7,10 +7,11 @@ PACKAGE = "ldm4ts_kernels"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
     ("reference", "requirements", "kernels.primitives", "kernels.tuning"),
-    ("kernels.problem", "kernels.quantize"),
-    ("kernels.flash_forward",),
-    ("kernels.flash_backward",),
-    ("kernels.flash", "kernels.int8", "native"),
+    ("kernels.problem",),
+    ("kernels.flash_forward", "kernels.quantize"),
+    ("kernels.flash_backward", "kernels.int8_forward"),
+    ("kernels.flash", "kernels.int8_backward", "native"),
+    ("kernels.int8",),
     ("backends",),
     ("attention",),
     ("diffusers_integration",),

@@ -112,6 +112,16 @@ def accumulate(total, weights, parts, PART_1: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
+def dequantise(parts, factor, PART_1: tl.constexpr, TYPE: tl.constexpr):
+    """Return INT8 parts times their scale, in a floating dtype."""
+    first = (parts[0].to(tl.float32) * factor).to(TYPE)
+    if PART_1 == 0:
+        return (first,)
+    else:
+        return (first, (parts[1].to(tl.float32) * factor).to(TYPE))
+
+
+@triton.jit
 def row_dot(left, right, PART_1: tl.constexpr):
     """Return the inner product of each row pair in float32: (ROWS,)."""
     product = tl.sum(left[0].to(tl.float32) * right[0].to(tl.float32), 1)
@@ -162,6 +172,21 @@ def masked_scores(
         visible = visible_keys(rows, columns, K, diagonal, left, right, HAS_LEFT, HAS_RIGHT)
         scores = tl.where(visible, scores, -INFINITY)
     return scores, capped
+
+
+@triton.jit
+def online_softmax(scores, row_max, row_sum, MAY_BE_EMPTY: tl.constexpr):
+    """Return exp(scores - max), the factor that corrects earlier sums, and the new max and sum.
+
+    A row may have seen no key yet (MAY_BE_EMPTY): then -inf must not meet -inf.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = new_max * LOG2_E
+    if MAY_BE_EMPTY:
+        shift = tl.where(new_max == -INFINITY, 0.0, shift)
+    weights = tl.exp2(scores * LOG2_E - shift[:, None])
+    rescale = tl.exp2(row_max * LOG2_E - shift)
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
 @triton.jit

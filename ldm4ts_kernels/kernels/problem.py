@@ -40,21 +40,26 @@ class Problem(NamedTuple):
     def config(self, stage: str) -> Config:
         return choose(stage, self.head_dim, self.dtype.itemsize, self.key_length, self.capability)
 
+    def lengths(self) -> tuple[int, int, int, int]:
+        """Return the kernels' run-time sizes: heads, heads a key head, queries and keys."""
+        heads_a_group = self.heads // self.kv_heads
+        return self.heads, heads_a_group, self.query_length, self.key_length
+
+    def band(self) -> tuple[int, int, int]:
+        """Return where the diagonal begins and how far to its left and right queries attend."""
+        diagonal = self.key_length - self.query_length if self.bottom_right else 0
+        left, right = self.window
+        return diagonal, left or 0, right or 0
+
     def numbers(self) -> tuple[float, ...]:
         """Return the kernels' run-time numbers, in their order: from H to right."""
-        left, right = self.window
         return (
-            self.heads,
-            self.heads // self.kv_heads,
-            self.query_length,
-            self.key_length,
+            *self.lengths(),
             self.scale,
             math.log2(math.e) * (1.0 if self.scaled else self.scale),
             self.dropout_p,
             1.0 if self.softcap is None else self.softcap,
-            self.key_length - self.query_length if self.bottom_right else 0,
-            left or 0,
-            right or 0,
+            *self.band(),
         )
 
     def flags(self) -> dict[str, int | bool | str]:

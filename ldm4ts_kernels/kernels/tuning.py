@@ -33,15 +33,15 @@ def shared_memory(capability: tuple[int, int]) -> int:
     return SMALL
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Cut a head dim into two powers of two of at least 16, the second 0 where one covers it.
+def split_head_dim(head_dim: int, least: int = 16) -> tuple[int, int]:
+    """Cut a head dim into two powers of two of at least `least`, the second 0 where one covers it.
 
     40 → (32, 16), 48 → (32, 16), 80 → (64, 16), 96 → (64, 32), 160 → (128, 32), 111 → (128, 0).
     """
-    whole = max(16, triton.next_power_of_2(head_dim))
+    whole = max(least, triton.next_power_of_2(head_dim))
     first = whole // 2
-    rest = max(16, triton.next_power_of_2(head_dim - first)) if head_dim > first else 0
-    if first < 16 or rest >= first:
+    rest = max(least, triton.next_power_of_2(head_dim - first)) if head_dim > first else 0
+    if first < least or rest >= first:
         return whole, 0
     return first, rest
 
@@ -58,6 +58,29 @@ BACKWARD = {
     MEDIUM: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
     LARGE: {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 160: (32, 64, 8, 2), 256: (32, 64, 8, 2)},
 }
+INT8_FORWARD = {
+    SMALL: {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
+    MEDIUM: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 160: (128, 64, 8, 2), 256: (64, 64, 4, 2)},
+    LARGE: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+}
+INT8_BACKWARD = {
+    SMALL: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (32, 32, 4, 1), 256: (32, 32, 4, 1)},
+    MEDIUM: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
+    LARGE: {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 160: (32, 64, 8, 2), 256: (32, 64, 8, 2)},
+}
+TABLES = {
+    "forward": FORWARD,
+    "key_gradient": BACKWARD,
+    "query_gradient": BACKWARD,
+    "one_block": BACKWARD,
+    "int8_forward": INT8_FORWARD,
+    "int8_key_gradient": INT8_BACKWARD,
+    "int8_query_gradient": INT8_BACKWARD,
+}
+# Rows of query or key that share one INT8 scale. Every tile that a kernel walks over divides it, so
+# that it has one scale.
+QUANT_ROWS = 64
+MEAN_PARTS, MEAN_ROWS = 16, 32  # a head's token mean: parts at most, rows a load
 ONE_BLOCK_KEYS = 128  # a backward whose keys fit one block needs one launch
 
 
@@ -65,11 +88,11 @@ ONE_BLOCK_KEYS = 128  # a backward whose keys fit one block needs one launch
 def choose(
     stage: str, head_dim: int, itemsize: int, key_length: int, capability: tuple[int, int]
 ) -> Config:
-    """Return the tile of a pass: "forward", "key_gradient", "query_gradient" or "one_block"."""
+    """Return the tile of a pass: a key of `TABLES`."""
     padded = sum(split_head_dim(head_dim))
-    table = (FORWARD if stage == "forward" else BACKWARD)[shared_memory(capability)]
+    table = TABLES[stage][shared_memory(capability)]
     block_q, block_k, warps, stages = next(row for top, row in table.items() if padded <= top)
-    if stage == "query_gradient":  # the block that stays is the one of queries
+    if stage.endswith("query_gradient"):  # the block that stays is the one of queries
         block_q, block_k = block_k, block_q
     if itemsize == 4:
         block_q, block_k, stages = max(16, block_q // 2), max(16, block_k // 2), 1

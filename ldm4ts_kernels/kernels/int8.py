@@ -1,0 +1,192 @@
+"""INT8 attention in Triton as torch operators and one autograd Function.
+
+`torch.ops.ldm4ts_kernels.triton_int8_forward` and `…_backward` are opaque to torch.compile and have
+fake kernels. The backward pass needs the INT8 query and key, so they are what is kept of the two:
+with value, output and a few numbers a row, 6 bytes an element of a head instead of the 8 that exact
+attention keeps.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm4ts_kernels.kernels.flash import (
+    INTERPRET,
+    _empty_like,
+    _expanded,
+    _needs_float32,
+    _problem,
+)
+from ldm4ts_kernels.kernels.int8_backward import int8_backward
+from ldm4ts_kernels.kernels.int8_forward import int8_forward
+from ldm4ts_kernels.kernels.problem import Problem
+from ldm4ts_kernels.kernels.quantize import Quantised, empty_quantised, quantise
+
+_OPTIONS = "Tensor? attn_mask, float scale, int? left, int? right, bool bottom_right"
+_QUANTISED = ", ".join(f"Tensor {name}" for name in Quantised._fields)
+_LIBRARY = torch.library.Library("ldm4ts_kernels", "FRAGMENT")
+_LIBRARY.define(
+    f"triton_int8_forward(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> "
+    f"({', '.join(['Tensor'] * (3 + len(Quantised._fields)))})"
+)
+_LIBRARY.define(
+    f"triton_int8_backward(Tensor dout, Tensor? dlse, {_QUANTISED}, Tensor value, Tensor out, "
+    f"Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    if _needs_float32(query):
+        tensors = (tensor.float() for tensor in (query, key, value))
+        out, *rest = _forward(*tensors, _as_float32(attn_mask), *options)
+        return out.to(query.dtype), *rest
+    out, lse, lse_shift, *rest = _fake_forward(query, key, value)
+    problem = _int8_problem(query, key, attn_mask, *options)
+    quantised = Quantised(*rest)
+    quantise(problem, query, key, quantised, lse_shift)
+    int8_forward(problem, quantised, value, _expanded(attn_mask, query, key), out, lse)
+    return out, lse, lse_shift, *quantised
+
+
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    lse, lse_shift = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
+    return _empty_like(query), lse, lse_shift, *empty_quantised(query, key)
+
+
+def _backward(dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *quantised, value, out, lse, attn_mask, scale, left, right, bottom_right = arguments
+    options = (scale, left, right, bottom_right)
+    if _needs_float32(value):
+        tensors = (value.float(), out.float(), lse, _as_float32(attn_mask))
+        grads = _backward(dout.float(), dlse, *quantised, *tensors, *options)
+        return tuple(grad.to(value.dtype) for grad in grads)
+    dq, dk, dv = _fake_backward(dout, dlse, *arguments)
+    int8_backward(
+        _int8_problem(out, value, attn_mask, *options),
+        Quantised(*quantised),
+        value,
+        _expanded(attn_mask, out, value),
+        out,
+        lse,
+        dout if dout.stride(3) == 1 else dout.contiguous(),
+        dlse,
+        dq,
+        dk,
+        dv,
+    )
+    return dq, dk, dv
+
+
+def _fake_backward(dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    value, out = arguments[len(Quantised._fields) :][:2]
+    return _empty_like(out), _empty_like(value), _empty_like(value)
+
+
+for _device in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
+    _LIBRARY.impl("triton_int8_forward", _forward, _device)
+    _LIBRARY.impl("triton_int8_backward", _backward, _device)
+torch.library.register_fake("ldm4ts_kernels::triton_int8_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("ldm4ts_kernels::triton_int8_backward", _fake_backward, lib=_LIBRARY)
+
+
+def _as_float32(attn_mask: Tensor | None) -> Tensor | None:
+    if attn_mask is None or attn_mask.dtype == torch.bool:
+        return attn_mask
+    return attn_mask.float()
+
+
+def _int8_problem(
+    query: Tensor,  # (B, H, Q, D), or any tensor of its shape and dtype
+    key: Tensor,  # (B, G, K, D), likewise
+    attn_mask: Tensor | None,
+    scale: float,
+    *band: Any,
+) -> Problem:
+    dropout_p, softcap = 0.0, None
+    return _problem(query, key, attn_mask, scale, dropout_p, softcap, *band)
+
+
+class _Int8Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        return_lse: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse, lse_shift, *quantised = torch.ops.ldm4ts_kernels.triton_int8_forward.default(
+            query, key, value, attn_mask, *options
+        )
+        ctx.save_for_backward(*quantised, value, out, lse, attn_mask)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, lse + lse_shift if return_lse else None
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *kept, out, lse, attn_mask = ctx.saved_tensors
+        dq, dk, dv = torch.ops.ldm4ts_kernels.triton_int8_backward.default(
+            torch.zeros_like(out) if dout is None else dout,
+            dlse if dlse is None else dlse.contiguous(),
+            *kept,
+            out,
+            lse,
+            attn_mask,
+            *ctx.options,
+        )
+        return None, dq, dk, dv, None, *[None] * len(ctx.options)
+
+
+def int8_attention(
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, G, K, D)
+    value: Tensor,  # (B, G, K, D)
+    attn_mask: Tensor | None = None,  # broadcasts to (B, H, Q, K)
+    *,
+    is_causal: bool = False,
+    bottom_right: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # (B, H, Q, D), and with return_lse also (B, H, Q)
+    """Compute softmax(scale · Q̂ K̂ᵀ + attn_mask) @ value with INT8 query and key; differentiable.
+
+    Q̂ is the query, K̂ the key without its token mean, each rounded to 255 levels of the largest
+    value of its 64 rows. Value, weights, sums and gradients are not quantised; the gradients are
+    those of `reference.quantised_attention`: rounding counts as the identity.
+
+    Args:
+        query, key, value: float16 or bfloat16; D from 1 to 256, stride 1 in the last dimension,
+            others free. H is a multiple of G.
+        attn_mask: bool (True attends) or floating (added); without gradient.
+        is_causal, bottom_right, window, scale: as `reference.attention` defines them.
+        return_lse: also return the natural-log LSE, float32; it carries gradients.
+
+    Kept for the backward pass: INT8 query and key, their scales, the key's token mean, value,
+    output and LSE; not query and key. It is deterministic. A query that may attend no key gives 0,
+    LSE -inf, and sends no gradient. Values that are not finite reach all that share their scale.
+
+    Raises:
+        NotImplementedError: `attn_mask` asks for a gradient.
+
+    Source: SageAttention, arXiv 2410.02367; SageBwd, arXiv 2505.11594 section 4 and 2603.02170.
+    """
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("attn_mask must not require a gradient: INT8 attention has none")
+    left, right = window
+    if is_causal:
+        right = 0 if right is None else min(right, 0)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = (query, key, value, attn_mask, scale, left, right, bottom_right)
+    grads = query.requires_grad or key.requires_grad or value.requires_grad
+    if grads and torch.is_grad_enabled():
+        out, lse = _Int8Attention.apply(return_lse, *arguments)
+        return (out, lse) if return_lse else out
+    out, lse, lse_shift, *_ = torch.ops.ldm4ts_kernels.triton_int8_forward.default(*arguments)
+    return (out, lse + lse_shift) if return_lse else out

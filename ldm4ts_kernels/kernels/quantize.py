@@ -1,0 +1,246 @@
+"""INT8 query and key, a scale every QUANT_ROWS rows, after the key lost its token mean.
+
+    k ← k - mean over tokens of k,   scale = max |x| / 127,   x_int8 = round(x / scale)
+
+The softmax does not see what all keys of a head have in common, but the largest value of a block
+does: without its channel bias a key keeps its bits for what tells tokens apart (SageAttention,
+arXiv 2410.02367, section 4.2). Two launches: sums of the key over parts of the tokens, then mean,
+INT8 query and INT8 key. Sums have a fixed order, so the result is the same in every run. Rows are
+stored in a multiple of 16 bytes, which the loads of every kernel then know.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldm4ts_kernels.kernels.primitives import load_parts, store_parts, zero_parts
+from ldm4ts_kernels.kernels.problem import Problem
+from ldm4ts_kernels.kernels.tuning import MEAN_PARTS, MEAN_ROWS, QUANT_ROWS, split_head_dim
+
+LARGEST = tl.constexpr(127.0)
+SMALLEST = tl.constexpr(1e-30)  # its reciprocal is finite; below it a block counts as zeros
+# Adding it to |x| < 2^22 and subtracting it again rounds to the nearest integer, half to even.
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2^23
+
+
+class Quantised(NamedTuple):
+    """Query and key in INT8: x ≈ int8 · scale[row // QUANT_ROWS]; W is D in whole 16 bytes."""
+
+    query: Tensor  # (B, H, Q, W) int8
+    query_scale: Tensor  # (B, H, ⌈Q / QUANT_ROWS⌉) float32
+    key: Tensor  # (B, G, K, W) int8, of key - key_mean
+    key_scale: Tensor  # (B, G, ⌈K / QUANT_ROWS⌉) float32
+    key_mean: Tensor  # (B, G, W) float32
+
+
+def stored_width(head_dim: int) -> int:
+    """Return W, the bytes of one INT8 row."""
+    return triton.cdiv(head_dim, 16) * 16
+
+
+def int8_parts(head_dim: int) -> tuple[int, int]:
+    """Return the split of the head dim for INT8 products, which contract 32 columns at least."""
+    return split_head_dim(head_dim, least=32)
+
+
+@triton.jit
+def _key_sum_kernel(
+    k_ptr, sum_ptr, stride_kb, stride_kh, stride_kn, G, K, rows_a_part,
+    D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum the keys of one head over one part of the tokens."""
+    head_index = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    k_ptr += (head_index // G) * stride_kb + (head_index % G) * stride_kh
+    sum_ptr += (head_index * tl.num_programs(1) + part) * WIDTH
+    low = part * rows_a_part
+    high = tl.minimum(K, low + rows_a_part)
+    total = zero_parts(BLOCK, QK_0, QK_1)
+    for start in range(low, high, BLOCK):
+        k = load_parts(k_ptr, start, stride_kn, high, BLOCK, QK_0, QK_1, D, True)
+        if QK_1 == 0:
+            total = (total[0] + k[0].to(tl.float32),)
+        else:
+            total = (total[0] + k[0].to(tl.float32), total[1] + k[1].to(tl.float32))
+    _store_row(sum_ptr, tl.sum(total[0], 0), 0, WIDTH, QK_0)
+    if QK_1 > 0:
+        _store_row(sum_ptr, tl.sum(total[1], 0), QK_0, WIDTH, QK_1)
+
+
+@triton.jit
+def _store_row(ptr, row, FIRST: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
+    columns = FIRST + tl.arange(0, PART)
+    tl.store(ptr + columns, row, mask=columns < WIDTH)
+
+
+@triton.jit
+def _mean_part(
+    sum_ptr, parts, K, WIDTH: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Return the token mean of one head's key from its partial sums: (PART,) float32."""
+    rows = tl.arange(0, MAX_PARTS)[:, None]
+    columns = FIRST + tl.arange(0, PART)[None, :]
+    inside = (rows < parts) & (columns < WIDTH)
+    return tl.sum(tl.load(sum_ptr + rows * WIDTH + columns, mask=inside, other=0.0), 0) / K
+
+
+@triton.jit
+def _load_mean(
+    sum_ptr, parts, K, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+):  # fmt: skip
+    first = _mean_part(sum_ptr, parts, K, WIDTH, 0, QK_0, MAX_PARTS)
+    if QK_1 == 0:
+        return (first,)
+    else:
+        return (first, _mean_part(sum_ptr, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS))
+
+
+@triton.jit
+def _largest(x):
+    """Return max |x| of a tile; NaN where a value is not finite, which a maximum would hide."""
+    return tl.max(tl.max(tl.abs(x), 1), 0) + tl.sum(tl.sum(x * 0.0, 1), 0)
+
+
+@triton.jit
+def _quantise_and_store(
+    ptr, scale_ptr, x, start, length, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    largest = _largest(x[0])
+    if QK_1 > 0:
+        other = _largest(x[1])
+        largest = tl.maximum(largest, other) + (largest + other) * 0.0  # a maximum drops NaN
+    largest = tl.where(largest < SMALLEST, SMALLEST, largest)
+    tl.store(scale_ptr + start // BLOCK, largest / LARGEST)
+    factor = LARGEST / largest
+    if QK_1 == 0:
+        rounded = ((x[0] * factor + ROUNDER) - ROUNDER,)
+    else:
+        rounded = ((x[0] * factor + ROUNDER) - ROUNDER, (x[1] * factor + ROUNDER) - ROUNDER)
+    store_parts(ptr, start, WIDTH, length, rounded, BLOCK, QK_0, QK_1, WIDTH)
+
+
+@triton.jit
+def _without_mean(k, mean, inside):
+    return tl.where(inside[:, None], k.to(tl.float32) - mean[None, :], 0.0)
+
+
+@triton.jit
+def _quantise_kernel(
+    q_ptr, k_ptr, sum_ptr, q_int8_ptr, q_scale_ptr, k_int8_ptr, k_scale_ptr, mean_ptr, shift_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    H, groups, Q, K, scale, parts, query_programs,
+    D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
+    MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Quantise one block of the query or, in the programs that follow those, of the key."""
+    program = tl.program_id(0)
+    if program < query_programs:
+        blocks = tl.cdiv(Q, BLOCK)
+        start = (program % blocks) * BLOCK
+        head_index = (program // blocks).to(tl.int64)
+        batch, head = head_index // H, head_index % H
+        q = load_parts(
+            q_ptr + batch * stride_qb + head * stride_qh, start, stride_qn, Q, BLOCK, QK_0, QK_1,
+            D, True,
+        )  # fmt: skip
+        kv_index = batch * (H // groups) + head // groups
+        mean = _load_mean(
+            sum_ptr + kv_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
+        )
+        shift = tl.sum(q[0].to(tl.float32) * mean[0][None, :], 1)
+        if QK_1 == 0:
+            q = (q[0].to(tl.float32),)
+        else:
+            shift += tl.sum(q[1].to(tl.float32) * mean[1][None, :], 1)
+            q = (q[0].to(tl.float32), q[1].to(tl.float32))
+        rows = start + tl.arange(0, BLOCK)
+        tl.store(shift_ptr + head_index * Q + rows, shift * scale, mask=rows < Q)
+        _quantise_and_store(
+            q_int8_ptr + head_index * Q * WIDTH, q_scale_ptr + head_index * blocks, q, start, Q,
+            WIDTH, QK_0, QK_1, BLOCK,
+        )  # fmt: skip
+    else:
+        blocks = tl.cdiv(K, BLOCK)
+        start = ((program - query_programs) % blocks) * BLOCK
+        head_index = ((program - query_programs) // blocks).to(tl.int64)
+        batch, head = head_index // (H // groups), head_index % (H // groups)
+        k = load_parts(
+            k_ptr + batch * stride_kb + head * stride_kh, start, stride_kn, K, BLOCK, QK_0, QK_1,
+            D, True,
+        )  # fmt: skip
+        mean = _load_mean(
+            sum_ptr + head_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
+        )
+        if start == 0:
+            _store_row(mean_ptr + head_index * WIDTH, mean[0], 0, WIDTH, QK_0)
+            if QK_1 > 0:
+                _store_row(mean_ptr + head_index * WIDTH, mean[1], QK_0, WIDTH, QK_1)
+        inside = start + tl.arange(0, BLOCK) < K
+        if QK_1 == 0:
+            k = (_without_mean(k[0], mean[0], inside),)
+        else:
+            k = (_without_mean(k[0], mean[0], inside), _without_mean(k[1], mean[1], inside))
+        _quantise_and_store(
+            k_int8_ptr + head_index * K * WIDTH, k_scale_ptr + head_index * blocks, k, start, K,
+            WIDTH, QK_0, QK_1, BLOCK,
+        )  # fmt: skip
+
+
+def empty_quantised(query: Tensor, key: Tensor) -> Quantised:
+    """Allocate what `quantise` fills, from query (B, H, Q, D) and key (B, G, K, D)."""
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    width = stored_width(head_dim)
+    float32 = {"dtype": torch.float32}
+    return Quantised(
+        query.new_empty(batch, heads, queries, width, dtype=torch.int8),
+        query.new_empty(batch, heads, triton.cdiv(queries, QUANT_ROWS), **float32),
+        key.new_empty(batch, kv_heads, keys, width, dtype=torch.int8),
+        key.new_empty(batch, kv_heads, triton.cdiv(keys, QUANT_ROWS), **float32),
+        key.new_empty(batch, kv_heads, width, **float32),
+    )
+
+
+def quantise(
+    problem: Problem,
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, G, K, D)
+    result: Quantised,
+    lse_shift: Tensor,  # (B, H, Q) float32
+) -> None:
+    """Launch the two kernels that fill `result`, and scale · query · key_mean into `lse_shift`.
+
+    The shift is what smoothing the key takes from every score of a row, and so from its LSE.
+
+    A value that is not finite makes the scale of its block NaN, and in the key the mean of its
+    channel: it reaches every row of the block or head, and is never rounded away.
+    """
+    # For a few hundred keys one program could take mean and INT8 in one launch: to be measured.
+    part_0, part_1 = int8_parts(problem.head_dim)
+    sizes = {
+        "D": problem.head_dim,
+        "WIDTH": stored_width(problem.head_dim),
+        "QK_0": part_0,
+        "QK_1": part_1,
+    }
+    rows_a_part = triton.cdiv(triton.cdiv(problem.key_length, MEAN_PARTS), MEAN_ROWS) * MEAN_ROWS
+    parts = triton.cdiv(problem.key_length, rows_a_part)
+    kv_heads = problem.batch * problem.kv_heads
+    sums = key.new_empty(kv_heads, parts, sizes["WIDTH"], dtype=torch.float32)
+    _key_sum_kernel[(kv_heads, parts)](
+        key, sums, *key.stride()[:3], problem.kv_heads, problem.key_length, rows_a_part,
+        **sizes, BLOCK=MEAN_ROWS, num_warps=4,
+    )  # fmt: skip
+    query_programs = result.query_scale.numel()
+    _quantise_kernel[(query_programs + result.key_scale.numel(),)](
+        query, key, sums, *result, lse_shift, *query.stride()[:3], *key.stride()[:3],
+        *problem.lengths(), problem.scale, parts, query_programs,
+        **sizes, MAX_PARTS=MEAN_PARTS, BLOCK=QUANT_ROWS, num_warps=4,
+    )  # fmt: skip
