@@ -1,10 +1,9 @@
-"""Builds the compiled extension where nvcc, ninja and torch's headers are; else pure Python.
+"""Builds the compiled kernels where nvcc, ninja and torch's headers are; else pure Python.
 
-One shared library on LibTorch's stable ABI, without a line of Python C API, so that one wheel
-serves every Python and every torch ≥ 2.10. Environment:
+One shared library on LibTorch's stable ABI, without Python's C API: one wheel serves every Python
+and every torch ≥ 2.10. Environment, next to CUDA_HOME and MAX_JOBS:
     LDM4TS_BUILD_CUDA   auto (default), 1 (a failed build is an error) or 0 (pure Python)
     LDM4TS_CUDA_ARCHS   such as "80;90+PTX"; else TORCH_CUDA_ARCH_LIST; else DEFAULT_ARCHS
-    MAX_JOBS            compilers at once
 """
 
 import importlib.util
@@ -20,21 +19,18 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc"
-# sm_80's machine code also runs on 8.6 and 8.9; its PTX, on what comes later.
-DEFAULT_ARCHS = "80+PTX;90"
-STABLE_ABI = "0x020a000000000000"  # of torch 2.10
-# nvcc drives g++ for ops.cpp and for the link; it compiles no file that includes torch.
-NINJA = """\
+CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "native"  # kept: a later build compiles what changed
+DEFAULT_ARCHS = "80+PTX;90"  # sm_80's machine code runs on 8.6 and 8.9 too, its PTX on what comes
+# nvcc also drives g++ for ops.cpp, the one file that includes torch, and the link.
+NINJA = """
 rule compile
-  command = {nvcc} -O3 -std=c++17 -I{csrc} {include} --expt-relaxed-constexpr {archs} $
-      --compress-mode=size -diag-suppress 177 -DTORCH_TARGET_VERSION={abi} $defines $
-      -Xcompiler -fPIC,-fvisibility=hidden -MD -MF $out.d -c $in -o $out
+  command = {nvcc} -O3 -std=c++17 -I{csrc} -isystem {torch}/include --expt-relaxed-constexpr $
+      {archs} --compress-mode=size -diag-suppress 177 -Xcompiler -fPIC,-fvisibility=hidden $
+      -DTORCH_TARGET_VERSION=0x020a000000000000 $defines -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
-  description = $out
 rule link
-  command = {nvcc} -shared -cudart static $in -o $out {libraries} $
+  command = {nvcc} -shared -cudart static $in -o $out -L{torch}/lib -L{cuda}/lib $
       -Xlinker -s,--no-as-needed,-ltorch,--as-needed
 """
 
@@ -49,20 +45,16 @@ def package_folder(name: str) -> Path | None:
     return Path(outside.stdout.strip()) if outside.returncode == 0 else None
 
 
-def find_nvcc() -> str | None:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    wheels = package_folder("nvidia")
-    folders = [Path(home, "bin") for home in homes] + os.get_exec_path()
-    folders += sorted(wheels.glob("cu*/bin"), reverse=True) if wheels else []
-    return shutil.which("nvcc", path=os.pathsep.join(map(str, folders)))
+def find_program(name: str, *first: Path) -> str | None:
+    return shutil.which(name, path=os.pathsep.join([*map(str, first), *os.get_exec_path()]))
 
 
 def arch_flags() -> str:
     chosen = os.environ.get("LDM4TS_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
     flags = []
     for arch in re.split(r"[;,\s]+", (chosen or DEFAULT_ARCHS).strip("; ")):
-        match = re.fullmatch(r"(\d+)\.?(\d+[af]?)(\+PTX)?", arch)
-        if not match or int(match[1] + match[2].rstrip("af")) < 80:
+        match = re.fullmatch(r"(\d+)\.?(\d[af]?)(\+PTX)?", arch)
+        if not match or int(match[1]) < 8:
             sys.exit(f"LDM4TS_CUDA_ARCHS must list architectures from 80 on, got {arch!r}")
         number = match[1] + match[2]
         codes = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
@@ -70,82 +62,66 @@ def arch_flags() -> str:
     return " ".join(flags)
 
 
-def write_ninja(folder: Path, nvcc: str, torch: Path) -> None:
-    head_dims = re.findall(r"X\((\d+)\)", (CSRC / "dispatch.h").read_text())
-    rules = NINJA.format(
-        nvcc=nvcc, csrc=CSRC, include=f"-isystem {torch / 'include'}", archs=arch_flags(),
-        abi=STABLE_ABI, libraries=f"-L{torch / 'lib'} -L{Path(nvcc).parents[1] / 'lib'}",
-    )  # fmt: skip
-    objects, lines = [], [rules]
+def build_library() -> str | None:
+    """Bring BUILD/_C.so up to date; return the reason where that cannot be."""
+    wheels = package_folder("nvidia")
+    homes = [Path(os.environ["CUDA_HOME"], "bin")] if "CUDA_HOME" in os.environ else []
+    nvcc = find_program("nvcc", *homes, *(wheels.glob("cu*/bin") if wheels else []))
+    ninja, torch = find_program("ninja", Path(sys.executable).parent), package_folder("torch")
+    if sys.platform != "linux" or not nvcc or not ninja:
+        return "they need Linux, ninja, and nvcc in CUDA_HOME, on PATH or in nvidia-cuda-nvcc"
+    if not torch or not (torch / "include/torch/csrc/stable/ops.h").exists():
+        return "they need the headers of torch >= 2.10, which is not installed here"
+    cuda = Path(nvcc).parents[1]
+    lines = [NINJA.format(nvcc=nvcc, csrc=CSRC, torch=torch, cuda=cuda, archs=arch_flags())]
+    head_dims, objects = re.findall(r"X\((\d+)\)", (CSRC / "dispatch.h").read_text()), []
     for source in sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cpp")]):
         per_dim = source.suffix == ".cu" and "LDM_HEAD_DIM" in source.read_text()
         for dim in reversed(head_dims) if per_dim else [""]:
             objects.append(f"{source.relative_to(CSRC).with_suffix('')}{dim and '_'}{dim}.o")
-            lines.append(f"build {objects[-1]}: compile {source}")
+            lines += [f"build {objects[-1]}: compile {source}"]
             lines += [f"  defines = -DLDM_HEAD_DIM={dim}"] if dim else []
-    lines.append(f"build _C.so: link {' '.join(objects)}\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text("\n".join(lines))
-
-
-def build(folder: Path) -> str | None:
-    """Build folder/_C.so, as far as anything changed; return the reason where that cannot be."""
-    nvcc, torch = find_nvcc(), package_folder("torch")
-    beside_python = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
-    ninja = shutil.which("ninja", path=beside_python)
-    if sys.platform != "linux":
-        return f"the kernels build on Linux, this is {sys.platform}"
-    if not nvcc:
-        return "no nvcc in CUDA_HOME, on PATH or in nvidia-cuda-nvcc's wheel"
-    if not torch or not (torch / "include/torch/csrc/stable/library.h").exists():
-        return "no torch >= 2.10 in this environment (or pass --no-build-isolation)"
-    if not ninja:
-        return "no ninja"
-    write_ninja(folder, nvcc, torch)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    link = f"build _C.so: link {' '.join(objects)}\n"
+    (BUILD / "build.ninja").write_text("\n".join([*lines, link]))
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    failed = subprocess.run([ninja, "-C", str(folder), *jobs]).returncode
-    return f"ninja ended with {failed}; its output says why" if failed else None
+    failed = subprocess.run([ninja, "-C", str(BUILD), *jobs]).returncode
+    return "ninja failed, and says why above (pip install -v shows it)" if failed else None
 
 
-class BuildCuda(build_ext):
-    """A plain shared library: no Python in its name, none in its symbols."""
-
+class BuildKernels(build_ext):
     built = False
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")) + ".so"
+        return os.path.join(*fullname.split(".")) + ".so"  # no Python version in it
 
     def build_extension(self, ext: Extension) -> None:
-        folder = ROOT / "build" / "native"
-        reason = build(folder)
-        if reason and MODE == "1":
-            sys.exit(f"LDM4TS_BUILD_CUDA=1, but the kernels were not built: {reason}")
-        if reason:
-            print(f"ldm4ts-kernels: pure Python, without the compiled kernels: {reason}")
+        if reason := build_library():
+            if MODE == "1":
+                sys.exit(f"LDM4TS_BUILD_CUDA=1, but the kernels cannot be built: {reason}")
+            print(f"ldm4ts-kernels: pure Python, without compiled kernels: {reason}")
             return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / "_C.so", target)
-        BuildCuda.built = True
+        shutil.copyfile(BUILD / "_C.so", target)
+        BuildKernels.built = True
 
     def copy_extensions_to_source(self) -> None:
-        if BuildCuda.built:
+        if BuildKernels.built:
             super().copy_extensions_to_source()
 
 
 class Wheel(bdist_wheel):
-    """Tagged py3-none: for this platform with the library, for any without it."""
-
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2] if BuildCuda.built else "any"
+        return "py3", "none", super().get_tag()[2] if BuildKernels.built else "any"
 
 
 MODE = os.environ.get("LDM4TS_BUILD_CUDA", "auto")
 if MODE not in ("auto", "1", "0"):
     sys.exit(f"LDM4TS_BUILD_CUDA must be auto, 1 or 0, got {MODE!r}")
 if MODE == "0":
-    print("ldm4ts-kernels: pure Python, without the compiled kernels: LDM4TS_BUILD_CUDA=0")
+    print("ldm4ts-kernels: pure Python, without compiled kernels: LDM4TS_BUILD_CUDA=0")
 setup(
     ext_modules=[] if MODE == "0" else [Extension("ldm4ts_kernels._C", sources=[])],
-    cmdclass={"build_ext": BuildCuda, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

@@ -113,19 +113,30 @@ def kernels(library: Path) -> list[Kernel]:
 
 
 def table(found: list[Kernel]) -> str:
-    """Return the kernels as Markdown: float16 and bfloat16 share a row where they are equal."""
+    """Return the kernels as Markdown, float16 and bfloat16 in one row: the larger of the two."""
+    rows: dict[tuple, list[Kernel]] = {}
+    for kernel in sorted(found, key=lambda k: (k.name, k.head_dim, k.tiles, k.masked)):
+        rows.setdefault((kernel.name, kernel.tiles, kernel.masked), []).append(kernel)
+    archs = sorted({kernel.arch for kernel in found})
     lines = [
-        "| kernel | tiles | mask | code | threads | registers | stack | shared KiB | blocks a SM |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| kernel | tiles | mask | threads | shared KiB | registers, {archs} | stack | "
+        f"blocks an SM on {list(SHARED_AN_SM)} |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for one in sorted(found, key=lambda k: (k.name, k.head_dim, k.tiles, k.masked, k.arch)):
-        runs_on = (80, 86, 89) if one.arch == 80 else (one.arch,)
-        blocks = " · ".join(f"{one.blocks(to)} on {to}" for to in runs_on)
-        cells = (one.name, one.tiles, "yes" if one.masked else "no", f"sm_{one.arch}", one.threads)
-        cells += (one.registers, one.stack_bytes, f"{one.shared_bytes / 1024:.1f}", blocks)
-        line = "| " + " | ".join(map(str, cells)) + " |"
-        if line not in lines:
-            lines.append(line)
+    for (name, tiles, masked), group in rows.items():
+        code = {
+            arch: max((k for k in group if k.arch == arch), key=lambda k: k.registers)
+            for arch in archs
+        }
+        # a GPU runs the machine code of the latest architecture that is not later than its own
+        serving = {to: code[max(a for a in archs if a <= to)] for to in SHARED_AN_SM}
+        lines.append(
+            f"| {name.removesuffix('_kernel')} | {tiles} | {'yes' if masked else 'no'} "
+            f"| {group[0].threads} | {group[0].shared_bytes / 1024:.1f} "
+            f"| {' '.join(str(k.registers) for k in code.values())} "
+            f"| {max(k.stack_bytes for k in group)} "
+            f"| {' '.join(str(k.blocks(to)) for to, k in serving.items())} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,0 +1,180 @@
+"""setup.py's choices, without compiling; and, where the library is built, what is inside it."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ldm4ts_kernels import native
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+needs_library = pytest.mark.skipif(
+    not native.LIBRARY.exists(), reason="the compiled extension is not built here"
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of what a source distribution holds, without anything built."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in SOURCES:
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("csrc", "ldm4ts_kernels"):
+        skip = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=skip)
+    return folder
+
+
+def set_up(project: Path, *arguments: str, path: str = "", **environment: str):
+    """Run setup.py with nothing but `path` on PATH."""
+    kept = {name: value for name, value in os.environ.items() if "CUDA" not in name}
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=project,
+        env={**kept, "PATH": path or os.defpath, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def hide_programs(folder: Path) -> str:
+    """Return a PATH on which there is no compiler."""
+    folder.mkdir(exist_ok=True)
+    return str(folder)
+
+
+@pytest.mark.parametrize("mode", ["0", "auto"])
+def test_a_machine_without_nvcc_gets_a_pure_wheel_and_the_reason(project, tmp_path, mode):
+    if importlib.util.find_spec("nvidia") and mode == "auto":
+        pytest.skip("this environment may hold nvcc's wheel")
+    path = hide_programs(tmp_path / "bin")
+    ran = set_up(project, "bdist_wheel", "-d", str(tmp_path), path=path, LDM4TS_BUILD_CUDA=mode)
+    assert ran.returncode == 0, ran.stderr
+    said = [line for line in ran.stdout.splitlines() if "without compiled kernels" in line]
+    assert len(said) == 1
+    assert ("LDM4TS_BUILD_CUDA=0" if mode == "0" else "nvcc") in said[0]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "ldm4ts_kernels/native.py" in names
+    assert not [name for name in names if name.endswith(".so") or name.startswith("csrc")]
+
+
+def test_a_build_that_must_succeed_fails_with_the_reason(project, tmp_path):
+    if importlib.util.find_spec("nvidia"):
+        pytest.skip("this environment may hold nvcc's wheel")
+    path = hide_programs(tmp_path / "bin")
+    ran = set_up(project, "build_ext", "-b", str(tmp_path), path=path, LDM4TS_BUILD_CUDA="1")
+    assert ran.returncode != 0
+    assert "cannot be built: they need Linux, ninja, and nvcc" in ran.stderr
+
+
+def fake_nvcc(folder: Path, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "nvcc").write_text(f"#!/bin/sh\n{text}\n")
+    (folder / "nvcc").chmod(0o755)
+    return os.pathsep.join([str(folder), os.defpath])
+
+
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
+@pytest.mark.parametrize(("mode", "code"), [("auto", 0), ("1", 1)])
+def test_a_failing_compiler_is_an_error_only_where_kernels_must_be_built(
+    project, tmp_path, mode, code
+):
+    path = fake_nvcc(tmp_path / "bin", "exit 3")
+    ran = set_up(project, "build_ext", "-b", str(tmp_path), path=path, LDM4TS_BUILD_CUDA=mode)
+    assert ran.returncode == code
+    assert "ninja failed" in ran.stdout + ran.stderr
+    assert not list(tmp_path.rglob("_C.so"))
+
+
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
+def test_every_kernel_is_compiled_once_a_head_dim_for_the_chosen_architectures(project, tmp_path):
+    # the last argument of `-o OUT` must exist for ninja to go on
+    text = f'echo "$@" >> {tmp_path}/calls; while [ "$1" != -o ]; do shift; done; : > "$2"'
+    path = fake_nvcc(tmp_path / "bin", text)
+    ran = set_up(
+        project, "build_ext", "-b", str(tmp_path), path=path, LDM4TS_CUDA_ARCHS="8.6;90a+PTX"
+    )
+    assert ran.returncode == 0, ran.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    head_dims = re.findall(r"X\((\d+)\)", (ROOT / "csrc/dispatch.h").read_text())
+    assert len(calls) == len(head_dims) * 2 + 2  # forward, backward; ops.cpp and the link
+    assert all("code=sm_86" in call and "[sm_90a,compute_90a]" in call for call in calls[:-1])
+    assert {f"-DLDM_HEAD_DIM={dim}" for dim in head_dims} <= set(" ".join(calls).split())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("LDM4TS_BUILD_CUDA", "yes", "LDM4TS_BUILD_CUDA must be auto, 1 or 0, got 'yes'"),
+        ("LDM4TS_CUDA_ARCHS", "hopper", "from 80 on, got 'hopper'"),
+        ("TORCH_CUDA_ARCH_LIST", "7.5;8.0", "from 80 on, got '7.5'"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_named(project, tmp_path, name, value, wanted):
+    path = fake_nvcc(tmp_path / "bin", "exit 3")
+    ran = set_up(project, "build_ext", "-b", str(tmp_path), path=path, **{name: value})
+    assert ran.returncode != 0
+    assert wanted in ran.stderr
+
+
+def test_no_source_that_nvcc_compiles_includes_torch():
+    for source in (ROOT / "csrc").rglob("*.cu*"):
+        assert "torch" not in re.sub(r"//.*", "", source.read_text()), source
+
+
+# ---- what is in the library
+
+
+def symbols(*options: str) -> list[str]:
+    command = ["nm", "-D", *options, str(native.LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@needs_library
+def test_the_library_needs_nothing_of_cuda_or_python_at_load_time():
+    command = ["readelf", "-d", str(native.LIBRARY)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", text))
+    assert needed <= {"libtorch", "libstdc++", "libgcc_s", "libc", "libm", "ld-linux-x86-64"}
+    assert not [line for line in symbols("--undefined-only") if " Py" in line or " _Py" in line]
+
+
+@needs_library
+def test_of_torch_it_uses_the_stable_c_functions_alone_and_the_cuda_one_weakly():
+    undefined = [line.split() for line in symbols("--undefined-only")]
+    torchs = {
+        name.split("@")[0]: kind for kind, name in undefined if "torch" in name or "c10" in name
+    }
+    assert torchs.pop("aoti_torch_get_current_cuda_stream") == "w"
+    assert all(name.startswith(("aoti_torch_", "torch_")) for name in torchs), torchs
+
+
+@pytest.fixture(scope="module")
+def resources():
+    spec = importlib.util.spec_from_file_location("resources", ROOT / "csrc/resources.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["resources"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_library
+def test_no_kernel_spills_and_each_fits_every_gpu_it_serves(resources):
+    if shutil.which("cuobjdump") is None and importlib.util.find_spec("triton") is None:
+        pytest.skip("cuobjdump is neither on PATH nor in an installed triton")
+    found = resources.kernels(native.LIBRARY)
+    assert {kernel.head_dim for kernel in found} == set(resources.HEAD_DIMS)
+    for kernel in found:
+        assert kernel.stack_bytes == 0, kernel
+        for capability in (80, 86, 89, 90):
+            assert kernel.shared_bytes <= resources.SHARED_A_BLOCK[capability] * 1024, kernel
+            assert kernel.blocks(capability) >= 1, kernel
