@@ -22,6 +22,7 @@ from ldm4ts_kernels.kernels.primitives import (
     INFINITY,
     LOG2_E,
     accumulate,
+    aligned,
     contract,
     dequantise,
     load_parts,
@@ -30,7 +31,7 @@ from ldm4ts_kernels.kernels.primitives import (
     store_parts,
     zero_parts,
 )
-from ldm4ts_kernels.kernels.problem import Problem
+from ldm4ts_kernels.kernels.problem import Problem, common_step
 from ldm4ts_kernels.kernels.quantize import Quantised
 
 
@@ -60,7 +61,7 @@ def _int8_dkdv_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dK and dV of one block of keys over the queries of one split."""
     tl.static_assert(QUANT_ROWS % BLOCK_Q == 0, "a block of queries must have one scale")
@@ -70,7 +71,9 @@ def _int8_dkdv_kernel(
     kv_index = (tl.program_id(0) // blocks).to(tl.int64)  # of B · G
     batch, kv_head = kv_index // kv_heads, kv_index % kv_heads
     split = tl.program_id(1)
-    v_ptr += batch * stride_vb + kv_head * stride_vh
+    v_ptr += batch * aligned(stride_vb, STEP) + kv_head * aligned(stride_vh, STEP)
+    do_ptr += batch * aligned(stride_dob, STEP)
+    stride_vn, stride_don = aligned(stride_vn, STEP), aligned(stride_don, STEP)
     dk_ptr += split.to(tl.int64) * stride_dks + batch * stride_dkb + kv_head * stride_dkh
     dv_ptr += split.to(tl.int64) * stride_dvs + batch * stride_dvb + kv_head * stride_dvh
     k_scale_ptr += kv_index * tl.cdiv(K, QUANT_ROWS)
@@ -104,7 +107,7 @@ def _int8_dkdv_kernel(
                 q_scale_ptr + head_index * tl.cdiv(Q, QUANT_ROWS) + start // QUANT_ROWS
             )
             do = load_parts(
-                do_ptr + batch * stride_dob + head * stride_doh, start, stride_don, Q,
+                do_ptr + head * aligned(stride_doh, STEP), start, stride_don, Q,
                 BLOCK_Q, PART_0, PART_1, D, True,
             )  # fmt: skip
             delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
@@ -147,7 +150,7 @@ def _int8_dq_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DLSE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dQ of one block of queries over the keys that they attend."""
     tl.static_assert(QUANT_ROWS % BLOCK_K == 0, "a block of keys must have one scale")
@@ -158,8 +161,9 @@ def _int8_dq_kernel(
     kv_index = batch * (H // groups) + head // groups  # of B · G
     k_ptr += kv_index * K * WIDTH
     k_scale_ptr += kv_index * tl.cdiv(K, QUANT_ROWS)
-    v_ptr += batch * stride_vb + (head // groups) * stride_vh
-    do_ptr += batch * stride_dob + head * stride_doh
+    v_ptr += batch * aligned(stride_vb, STEP) + (head // groups) * aligned(stride_vh, STEP)
+    do_ptr += batch * aligned(stride_dob, STEP) + head * aligned(stride_doh, STEP)
+    stride_vn, stride_don = aligned(stride_vn, STEP), aligned(stride_don, STEP)
     if MASK > 0:
         mask_ptr += batch * stride_mb + head * stride_mh
 
@@ -217,6 +221,7 @@ def int8_backward(
     """Launch the three backward kernels into `dq`, `dk` and `dv`."""
     mask_strides = attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)
     flags = int8_flags(problem)
+    flags["STEP"] = common_step(value.stride()[:3], dout.stride()[:3])
     delta = torch.empty_like(lse)
     _launch_delta(problem, out, dout, dlse, delta)
     config = problem.config("int8_key_gradient")

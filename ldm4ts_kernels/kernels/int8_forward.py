@@ -15,6 +15,7 @@ from ldm4ts_kernels.kernels.primitives import (
     INFINITY,
     LN_2,
     accumulate,
+    aligned,
     contract,
     load_parts,
     masked_scores,
@@ -23,7 +24,7 @@ from ldm4ts_kernels.kernels.primitives import (
     store_parts,
     zero_parts,
 )
-from ldm4ts_kernels.kernels.problem import Problem
+from ldm4ts_kernels.kernels.problem import Problem, common_step
 from ldm4ts_kernels.kernels.quantize import Quantised, int8_parts, stored_width
 from ldm4ts_kernels.kernels.tuning import QUANT_ROWS
 
@@ -37,7 +38,7 @@ def _int8_fwd_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(QUANT_ROWS % BLOCK_K == 0, "a block of keys must have one scale")
     blocks = tl.cdiv(Q, BLOCK_Q)
@@ -47,7 +48,8 @@ def _int8_fwd_kernel(
     kv_index = batch * (H // groups) + head // groups  # of B · G
     k_ptr += kv_index * K * WIDTH
     k_scale_ptr += kv_index * tl.cdiv(K, QUANT_ROWS)
-    v_ptr += batch * stride_vb + (head // groups) * stride_vh
+    v_ptr += batch * aligned(stride_vb, STEP) + (head // groups) * aligned(stride_vh, STEP)
+    stride_vn = aligned(stride_vn, STEP)
     if MASK > 0:
         mask_ptr += batch * stride_mb + head * stride_mh
 
@@ -83,7 +85,8 @@ def _int8_fwd_kernel(
             total = accumulate(total, weights, v, PART_1, PRECISION)
 
     total = scale_parts(total, (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None], PART_1)
-    o_ptr += batch * stride_ob + head * stride_oh
+    o_ptr += batch * aligned(stride_ob, STEP) + head * aligned(stride_oh, STEP)
+    stride_on = aligned(stride_on, STEP)
     store_parts(o_ptr, first_row, stride_on, Q, total, BLOCK_Q, PART_0, PART_1, D)
     lse = row_max + tl.log2(row_sum) * LN_2
     lse = tl.where(row_max == -INFINITY, -INFINITY, lse)  # a row that sees no key
@@ -119,5 +122,6 @@ def int8_forward(
         *(attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)),
         *problem.lengths(), problem.scale, *problem.band(), **int8_flags(problem),
         BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+        STEP=common_step(value.stride()[:3], out.stride()[:3]),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -17,6 +17,15 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
+def aligned(stride, STEP: tl.constexpr):
+    """Return the stride, which the launcher found to be a multiple of STEP, as one to the compiler.
+
+    Triton itself looks for multiples of 16 alone, and loads rows of 40 elements one by one.
+    """
+    return stride // STEP * STEP
+
+
+@triton.jit
 def tile_pointers(ptr, start, stride, BLOCK: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr):
     # 64-bit row offsets: a tensor may hold more than 2^31 elements.
     rows = tl.arange(0, BLOCK).to(tl.int64) + start

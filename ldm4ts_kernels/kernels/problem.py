@@ -8,6 +8,11 @@ import torch
 from ldm4ts_kernels.kernels.tuning import Config, choose, split_head_dim
 
 
+def common_step(*strides: tuple[int, ...]) -> int:
+    """Return 8, which is 16 bytes of 16-bit elements, if it divides all strides; else 1."""
+    return 8 if all(stride % 8 == 0 for row in strides for stride in row) else 1
+
+
 class Problem(NamedTuple):
     """The shape and options of one attention call; hashable, no data.
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldm4ts_kernels.kernels.primitives import load_parts, store_parts, zero_parts
-from ldm4ts_kernels.kernels.problem import Problem
+from ldm4ts_kernels.kernels.primitives import aligned, load_parts, store_parts, zero_parts
+from ldm4ts_kernels.kernels.problem import Problem, common_step
 from ldm4ts_kernels.kernels.tuning import MEAN_PARTS, MEAN_ROWS, QUANT_ROWS, split_head_dim
 
 LARGEST = tl.constexpr(127.0)
@@ -50,12 +50,14 @@ def int8_parts(head_dim: int) -> tuple[int, int]:
 def _key_sum_kernel(
     k_ptr, sum_ptr, stride_kb, stride_kh, stride_kn, G, K, rows_a_part,
     D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum the keys of one head over one part of the tokens."""
     head_index = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    k_ptr += (head_index // G) * stride_kb + (head_index % G) * stride_kh
+    k_ptr += (head_index // G) * aligned(stride_kb, STEP)
+    k_ptr += (head_index % G) * aligned(stride_kh, STEP)
+    stride_kn = aligned(stride_kn, STEP)
     sum_ptr += (head_index * tl.num_programs(1) + part) * WIDTH
     low = part * rows_a_part
     high = tl.minimum(K, low + rows_a_part)
@@ -137,7 +139,7 @@ def _quantise_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     H, groups, Q, K, scale, parts, query_programs,
     D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
-    MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Quantise one block of the query or, in the programs that follow those, of the key."""
     program = tl.program_id(0)
@@ -146,10 +148,8 @@ def _quantise_kernel(
         start = (program % blocks) * BLOCK
         head_index = (program // blocks).to(tl.int64)
         batch, head = head_index // H, head_index % H
-        q = load_parts(
-            q_ptr + batch * stride_qb + head * stride_qh, start, stride_qn, Q, BLOCK, QK_0, QK_1,
-            D, True,
-        )  # fmt: skip
+        q_ptr += batch * aligned(stride_qb, STEP) + head * aligned(stride_qh, STEP)
+        q = load_parts(q_ptr, start, aligned(stride_qn, STEP), Q, BLOCK, QK_0, QK_1, D, True)
         kv_index = batch * (H // groups) + head // groups
         mean = _load_mean(
             sum_ptr + kv_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
@@ -171,10 +171,8 @@ def _quantise_kernel(
         start = ((program - query_programs) % blocks) * BLOCK
         head_index = ((program - query_programs) // blocks).to(tl.int64)
         batch, head = head_index // (H // groups), head_index % (H // groups)
-        k = load_parts(
-            k_ptr + batch * stride_kb + head * stride_kh, start, stride_kn, K, BLOCK, QK_0, QK_1,
-            D, True,
-        )  # fmt: skip
+        k_ptr += batch * aligned(stride_kb, STEP) + head * aligned(stride_kh, STEP)
+        k = load_parts(k_ptr, start, aligned(stride_kn, STEP), K, BLOCK, QK_0, QK_1, D, True)
         mean = _load_mean(
             sum_ptr + head_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
         )
@@ -224,23 +222,25 @@ def quantise(
     """
     # For a few hundred keys one program could take mean and INT8 in one launch: to be measured.
     part_0, part_1 = int8_parts(problem.head_dim)
-    sizes = {
+    flags = {
         "D": problem.head_dim,
         "WIDTH": stored_width(problem.head_dim),
         "QK_0": part_0,
         "QK_1": part_1,
+        "STEP": common_step(query.stride()[:3], key.stride()[:3]),
+        "num_warps": 4 if problem.head_dim <= 128 else 8,
     }
     rows_a_part = triton.cdiv(triton.cdiv(problem.key_length, MEAN_PARTS), MEAN_ROWS) * MEAN_ROWS
     parts = triton.cdiv(problem.key_length, rows_a_part)
     kv_heads = problem.batch * problem.kv_heads
-    sums = key.new_empty(kv_heads, parts, sizes["WIDTH"], dtype=torch.float32)
+    sums = key.new_empty(kv_heads, parts, flags["WIDTH"], dtype=torch.float32)
     _key_sum_kernel[(kv_heads, parts)](
         key, sums, *key.stride()[:3], problem.kv_heads, problem.key_length, rows_a_part,
-        **sizes, BLOCK=MEAN_ROWS, num_warps=4,
+        **flags, BLOCK=MEAN_ROWS,
     )  # fmt: skip
     query_programs = result.query_scale.numel()
     _quantise_kernel[(query_programs + result.key_scale.numel(),)](
         query, key, sums, *result, lse_shift, *query.stride()[:3], *key.stride()[:3],
         *problem.lengths(), problem.scale, parts, query_programs,
-        **sizes, MAX_PARTS=MEAN_PARTS, BLOCK=QUANT_ROWS, num_warps=4,
+        **flags, MAX_PARTS=MEAN_PARTS, BLOCK=QUANT_ROWS,
     )  # fmt: skip
