@@ -102,10 +102,16 @@ def scale_parts(parts, factor, PART_1: tl.constexpr):
 
 @triton.jit
 def contract(left, right, PART_1: tl.constexpr, PRECISION: tl.constexpr):
-    """Return left @ rightᵀ over the head dim: (ROWS, D), (COLUMNS, D) → (ROWS, COLUMNS) float32."""
-    product = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
+    """Return left @ rightᵀ over the head dim: (ROWS, D), (COLUMNS, D) → (ROWS, COLUMNS) float32.
+
+    INT8 operands give int32, which is exact.
+    """
+    TYPE: tl.constexpr = tl.int32 if left[0].dtype == tl.int8 else tl.float32
+    product = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION, out_dtype=TYPE)
     if PART_1 > 0:
-        product = tl.dot(left[1], tl.trans(right[1]), product, input_precision=PRECISION)
+        product = tl.dot(
+            left[1], tl.trans(right[1]), product, input_precision=PRECISION, out_dtype=TYPE
+        )
     return product
 
 

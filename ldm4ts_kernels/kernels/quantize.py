@@ -119,8 +119,9 @@ def _quantise_and_store(
         other = _largest(x[1])
         largest = tl.maximum(largest, other) + (largest + other) * 0.0  # a maximum drops NaN
     largest = tl.where(largest < SMALLEST, SMALLEST, largest)
-    tl.store(scale_ptr + start // BLOCK, largest / LARGEST)
-    factor = LARGEST / largest
+    # Rounded divisions: the plain ones are approximate on a GPU, and ties are common in 16 bits.
+    tl.store(scale_ptr + start // BLOCK, tl.div_rn(largest, LARGEST))
+    factor = tl.div_rn(LARGEST, largest)
     if QK_1 == 0:
         rounded = ((x[0] * factor + ROUNDER) - ROUNDER,)
     else:
