@@ -1,0 +1,224 @@
+"""The model families that `accelerate_attention` plugs: one tiny model of each, and a call of it.
+
+docs/integrations.md shows this table; tests/test_families.py holds each cell to it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model with random weights, and how to run it; `call` returns its main output."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    call: Callable[[nn.Module], Tensor]
+    layers: int
+
+
+def unet() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+
+
+def call_unet(model: nn.Module) -> Tensor:
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    sample, context = random(2, 4, 8, 8), random(2, 5, 16)
+    return model(sample, 3, context, encoder_attention_mask=mask).sample
+
+
+def autoencoder() -> nn.Module:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+
+
+def sd3() -> nn.Module:
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+
+
+def call_sd3(model: nn.Module) -> Tensor:
+    return model(random(2, 4, 8, 8), random(2, 5, 16), random(2, 16), torch.tensor([1, 2])).sample
+
+
+def flux() -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+def call_flux(model: nn.Module) -> Tensor:
+    return model(
+        hidden_states=random(2, 16, 4),
+        encoder_hidden_states=random(2, 5, 16),
+        pooled_projections=random(2, 16),
+        timestep=torch.tensor([0.1, 0.2]),
+        img_ids=random(16, 3),
+        txt_ids=random(5, 3),
+    ).sample
+
+
+def wan() -> nn.Module:
+    return diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=2,
+        rope_max_seq_len=16,
+    )
+
+
+def call_wan(model: nn.Module) -> Tensor:
+    return model(random(1, 4, 2, 4, 4), torch.tensor([3]), random(1, 5, 16)).sample
+
+
+def qwen() -> nn.Module:
+    return diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+def call_qwen(model: nn.Module) -> Tensor:
+    return model(
+        hidden_states=random(1, 16, 16),
+        encoder_hidden_states=random(1, 5, 16),
+        encoder_hidden_states_mask=torch.tensor([[1, 1, 1, 1, 0]]),
+        timestep=torch.tensor([0.1]),
+        img_shapes=[[(1, 4, 4)]],
+    ).sample
+
+
+def clip() -> nn.Module:
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=50,
+            max_position_embeddings=8,
+            bos_token_id=0,
+            eos_token_id=2,
+        )
+    )
+
+
+def call_clip(model: nn.Module) -> Tensor:
+    tokens = torch.arange(14).reshape(2, 7)
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    return model(tokens, attention_mask=mask).last_hidden_state[:, :4]
+
+
+def t5() -> nn.Module:
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
+            d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=50, dropout_rate=0.0
+        )
+    )
+
+
+def call_t5(model: nn.Module) -> Tensor:
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    return model(torch.arange(14).reshape(2, 7), attention_mask=mask).last_hidden_state[:, :4]
+
+
+def vit() -> nn.Module:
+    return transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=8,
+            patch_size=2,
+        ),
+        add_pooling_layer=False,
+    )
+
+
+FAMILIES = (
+    Family("UNet2DConditionModel", unet, call_unet, 8),
+    Family("AutoencoderKL", autoencoder, lambda model: model(random(1, 3, 8, 8)).sample, 2),
+    Family("SD3Transformer2DModel", sd3, call_sd3, 3),
+    Family("FluxTransformer2DModel", flux, call_flux, 2),
+    Family("WanTransformer3DModel", wan, call_wan, 4),
+    Family("QwenImageTransformer2DModel", qwen, call_qwen, 2),
+    Family("CLIPTextModel", clip, call_clip, 2),
+    Family("T5EncoderModel", t5, call_t5, 2),
+    Family("ViTModel", vit, lambda model: model(random(1, 3, 8, 8)).last_hidden_state, 2),
+)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def build(family: Family) -> nn.Module:
+    """Return the family's model with the same random weights every time."""
+    torch.manual_seed(0)
+    return family.build().train()
+
+
+def run(family: Family, model: nn.Module) -> list[Tensor]:
+    """Return the output, and the gradient of every parameter that has one, by name."""
+    model.zero_grad()
+    out = family.call(model)
+    out.square().mean().backward()
+    return [out, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,269 @@
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("transformers", reason="needs transformers")
+
+import diffusers
+import transformers
+
+from ldm4ts_kernels import accelerate_attention
+from ldm4ts_kernels.plugged_layer import Policy
+from tests import families
+from tests.families import FAMILIES, assert_same, build, run
+
+BY_NAME = {family.name: family for family in FAMILIES}
+UNET, FLUX, CLIP = (
+    BY_NAME[name] for name in ("UNet2DConditionModel", "FluxTransformer2DModel", "CLIPTextModel")
+)
+
+
+def state(model):
+    """Return all that plugging may touch: processors, their attributes, hooks, configurations."""
+    processors = [getattr(module, "processor", None) for module in model.modules()]
+    return (
+        [(id(item), dict(getattr(item, "__dict__", {}))) for item in processors],
+        [(len(m._forward_pre_hooks), sorted(vars(m))) for m in model.modules()],
+        [getattr(getattr(m, "config", None), "_attn_implementation", 0) for m in model.modules()],
+    )
+
+
+def pipeline():
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=10, clip_sample=False)
+    return diffusers.StableDiffusionPipeline(
+        vae=families.autoencoder(),
+        text_encoder=families.clip(),
+        tokenizer=None,
+        unet=families.unet(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def generate(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    embeds = pipe.text_encoder(torch.arange(7)[None]).last_hidden_state
+    return pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=embeds,
+        num_inference_steps=2,
+        output_type="latent",
+        latents=families.random(1, 4, 8, 8),
+    ).images
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_removing_restores_exactly_what_was_there(family):
+    model = build(family)
+    before = state(model)
+    handle = accelerate_attention(model)
+    assert state(model) != before
+    handle.remove()
+    assert state(model) == before
+    handle.remove()
+
+
+def test_leaving_the_context_restores_and_the_report_stays():
+    model = build(FLUX)
+    before = state(model)
+    with pytest.raises(ZeroDivisionError), accelerate_attention(model) as handle:
+        run(FLUX, model)
+        raise ZeroDivisionError
+    assert state(model) == before
+    assert [row.served_by for row in handle.report()] == ["sdpa", "sdpa"]
+
+
+def test_nested_handles_come_off_in_turn():
+    for family in (UNET, FLUX, CLIP):
+        model = build(family)
+        before = state(model)
+        with accelerate_attention(model) as outer:
+            with accelerate_attention(model, precision="int8") as inner:
+                inner.verify()
+            run(family, model)
+            outer.verify()
+        assert state(model) == before
+        assert {row.served_by for row in outer.report()} == {"sdpa"}
+        assert {row.served_by for row in inner.report()} == {None}
+
+
+def test_another_model_of_the_family_is_not_touched():
+    for family in (UNET, FLUX, CLIP):
+        model, other = build(family), build(family)
+        before = state(other)
+        with accelerate_attention(model, backend="triton") as handle:
+            assert state(other) == before
+            run(family, other)
+            assert {layer.shape for layer in handle.layers} == {None}
+
+
+def test_the_report_says_who_served_each_layer_and_why_nobody_before():
+    model = build(UNET)
+    with accelerate_attention(model) as handle:
+        run(UNET, model)
+    row = handle.report()[0]
+    assert row.layer == "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    assert (row.policy, row.shape, row.served_by) == (Policy(), (2, 2, 64, 64, 8), "sdpa")
+    assert list(row.reasons) == ["native", "flash_attn", "triton"]
+    lines = str(handle.report()).splitlines()
+    assert len(lines) == UNET.layers + 1
+    assert "native: the compiled extension" in lines[1] or "native: needs a cuda" in lines[1]
+
+
+def test_a_pipeline_is_plugged_with_all_its_models():
+    torch.manual_seed(0)
+    pipe = pipeline()
+    expected = generate(pipe)
+    with accelerate_attention(pipe) as handle:
+        torch.testing.assert_close(generate(pipe), expected, rtol=1e-4, atol=1e-4)
+    served = {row.layer: row.served_by for row in handle.report()}
+    assert {name.split(".")[0] for name in served} == {"vae", "text_encoder", "unet"}
+    assert {who for name, who in served.items() if not name.startswith("vae")} == {"sdpa"}
+
+
+def test_a_policy_goes_by_prefix_and_glob_and_the_first_match_counts():
+    model = build(UNET)
+    layers = {"mid_block": None, "*.attn2": "exact", "up_blocks": "int8"}
+    with accelerate_attention(model, layers=layers) as handle:
+        found = {layer.name: layer.policy.precision for layer in handle.layers}
+    assert [item.name.split(".")[0] for item in handle.unplugged] == ["mid_block"] * 2
+    assert "left alone" in handle.unplugged[0].reason
+    for name, precision in found.items():
+        int8 = name.startswith("up_blocks") and not name.endswith("attn2")
+        assert precision == ("int8" if int8 else "exact")
+
+
+def test_a_policy_may_be_a_function():
+    model = build(FLUX)
+    choose = {"transformer_blocks.0.attn": "int8", "single_transformer_blocks.0.attn": "exact"}
+    with accelerate_attention(model, layers=lambda name, module: choose[name]) as handle:
+        assert {layer.name: layer.policy.precision for layer in handle.layers} == choose
+
+
+def test_layers_that_share_a_processor_still_have_policies_of_their_own():
+    model = build(FLUX)
+    model.set_attn_processor(next(iter(model.attn_processors.values())))
+    before = state(model)
+    with accelerate_attention(model, layers={"transformer_blocks": None}) as handle:
+        run(FLUX, model)
+    assert [layer.shape for layer in handle.layers] == [(2, 2, 21, 21, 16)]
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("displace", "found"),
+    [
+        (lambda model: model.fuse_qkv_projections(), "FusedAttnProcessor2_0"),
+        (lambda model: model.set_attention_slice(1), "SlicedAttnProcessor"),
+    ],
+)
+def test_verify_finds_what_a_later_call_displaced_and_removing_leaves_it(displace, found):
+    model = build(UNET)
+    handle = accelerate_attention(model)
+    handle.verify()
+    displace(model)
+    with pytest.raises(RuntimeError, match=f"attn1 now has {found}"):
+        handle.verify()
+    with pytest.warns(UserWarning, match=rf"attn1 .{found}"):
+        handle.remove()
+    assert {type(processor).__name__ for processor in model.attn_processors.values()} == {found}
+
+
+def test_verify_finds_a_dispatcher_or_encoder_that_was_switched():
+    flux, clip = build(FLUX), build(CLIP)
+    handles = accelerate_attention(flux), accelerate_attention(clip)
+    flux.transformer_blocks[0].attn.set_attention_backend("native")
+    clip.set_attn_implementation("eager")
+    for handle, found in zip(handles, ("attention backend", "implementation 'eager'"), strict=True):
+        with pytest.raises(RuntimeError, match=found):
+            handle.verify()
+
+
+def test_a_model_without_attention_is_refused():
+    with pytest.raises(ValueError, match="Linear has none"):
+        accelerate_attention(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="must be a torch module or a diffusers pipeline, got str"):
+        accelerate_attention("a model")
+
+
+def test_layers_of_unknown_kinds_are_named_with_the_reason():
+    model = build(UNET)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="FusedAttnProcessor2_0 computes more than, or other than"):
+        accelerate_attention(model)
+    both = torch.nn.ModuleList([build(FLUX), torch.nn.MultiheadAttention(4, 1)])
+    handle = accelerate_attention(both)
+    assert "MultiheadAttention calls torch's attention by itself" in str(handle.report())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "fp8"}, r"precision must be one of \['exact', 'int8'\], got 'fp8'"),
+        ({"backend": "xformers"}, "backend must be one of .*, got 'xformers'"),
+        ({"layers": {"middle": "exact"}}, "layers: 'middle' matches none of"),
+        ({"layers": {"*": "fp8"}}, "precision must be one of"),
+        ({"layers": {"*": None}}, "left alone as layers= says"),
+        ({"layers": "int8"}, "layers must be a mapping or a function, got str"),
+    ],
+)
+def test_a_bad_argument_is_named_and_nothing_changes(arguments, message):
+    model = build(UNET)
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        accelerate_attention(model, **arguments)
+    assert state(model) == before
+
+
+def test_an_encoder_is_plugged_whole():
+    with pytest.raises(ValueError, match="transformers switches whole models"):
+        accelerate_attention(build(CLIP), layers={"encoder.layers.0": None})
+
+
+def test_a_plug_that_fails_takes_the_others_off_again(monkeypatch):
+    flux = build(FLUX)
+    models = torch.nn.ModuleList([build(UNET), flux])
+    before = state(models)
+    monkeypatch.setattr("ldm4ts_kernels.dispatcher._member", lambda policy: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        accelerate_attention(models)
+    assert state(models) == before
+
+
+def test_a_diffusers_that_moved_its_dispatcher_is_an_error_that_says_so(monkeypatch):
+    from diffusers.models import attention_dispatch
+
+    from ldm4ts_kernels import dispatcher
+
+    monkeypatch.delattr(attention_dispatch, "_AttentionBackendRegistry")
+    with pytest.raises(RuntimeError, match="keeps its attention dispatcher elsewhere"):
+        dispatcher._member.__wrapped__(Policy())
+
+
+def test_a_copy_of_a_plugged_model_runs_by_itself():
+    for family in (UNET, FLUX, CLIP):
+        model = build(family)
+        expected = run(family, model)
+        with accelerate_attention(model) as handle:
+            fresh = copy.deepcopy(model)
+            assert_same(run(family, fresh), expected)
+            assert {layer.shape for layer in handle.layers} == {None}
+            used = copy.deepcopy(fresh)
+            assert_same(run(family, used), expected)
+
+
+def test_what_an_encoder_asks_beyond_attention_is_refused():
+    model = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    accelerate_attention(model)
+    layer = next(m for m in model.modules() if type(m).__name__ == "CLIPAttention")
+    states = families.random(1, 3, 16)
+    with pytest.raises(NotImplementedError, match="softcap"):
+        layer(states, None, softcap=30.0)
