@@ -2,13 +2,17 @@
 
     python -m benchmarks.tune --head-dim 40 64 80 128 160 --length 784 4096
 
-Each (pass, head dim, length) is timed with every candidate by graph replay; a candidate that does
+Candidates are compiled by `--jobs` processes at once, which fills Triton's cache; then each (pass,
+head dim, length) is timed with every candidate by graph replay, one at a time. A candidate that does
 not fit is skipped by name. The winners go into kernels/tuning.py by hand, under a comment with GPU,
 date and this command.
 """
 
 import argparse
 import itertools
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
@@ -30,8 +34,13 @@ def candidates(stage: str) -> list[Config]:
     return [Config(q, k, warps, stages) for q, k, (warps, stages) in tiles]
 
 
-def time_stage(stage: str, problem: Problem, config: Config) -> float:
-    """Return the device time in ms of the pass with `config` in place of the table's row."""
+def run_stage(
+    stage: str, problem: Problem, config: Config, use: Callable[[Callable[[], None]], float]
+) -> float | None:
+    """Give `use` the launches of a pass with `config` in place of the table's row.
+
+    Returns what `use` does, None where the tile does not fit.
+    """
     shape = (problem.batch, problem.heads, problem.query_length, problem.head_dim)
     query, key, value, dout = torch.randn(4, *shape, dtype=problem.dtype, device="cuda")
     out, lse = torch.empty_like(query), torch.empty(shape[:3], device="cuda")
@@ -40,19 +49,33 @@ def time_stage(stage: str, problem: Problem, config: Config) -> float:
     def choose(asked: str, *rest: object) -> Config:
         return config if asked == stage else tuning.choose(asked, *rest)
 
-    with mock.patch("ldm4ts_kernels.kernels.problem.choose", choose):
-        if stage == "forward":
-            return device_ms(
-                lambda: flash_forward.flash_forward(
-                    problem, query, key, value, None, None, out, lse
-                )
-            )
+    def forward() -> None:
         flash_forward.flash_forward(problem, query, key, value, None, None, out, lse)
-        return device_ms(
-            lambda: flash_backward.flash_backward(
-                problem, query, key, value, None, None, out, lse, dout, None, *grads, None
-            )
+
+    def backward() -> None:
+        flash_backward.flash_backward(
+            problem, query, key, value, None, None, out, lse, dout, None, *grads, None
         )
+
+    with mock.patch("ldm4ts_kernels.kernels.problem.choose", choose):
+        try:
+            if stage == "forward":
+                return use(forward)
+            forward()
+            return use(backward)
+        except OutOfResources as error:
+            print(f"skipped {stage} {config}: {error}")
+            return None
+
+
+def _call_once(call: Callable[[], None]) -> float:
+    call()
+    return 0.0
+
+
+def compile_stage(job: tuple[str, Problem, Config]) -> None:
+    """Compile one candidate by launching it once, in a process of its own."""
+    run_stage(*job, _call_once)
 
 
 def main() -> None:
@@ -61,24 +84,28 @@ def main() -> None:
     parser.add_argument("--head-dim", nargs="*", type=int, default=[40, 64, 80, 128, 160])
     parser.add_argument("--length", nargs="*", type=int, default=[784, 4096])
     parser.add_argument("--stage", nargs="*", choices=list(BLOCKS_Q), default=list(BLOCKS_Q))
+    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
     print(environment())
     capability = torch.cuda.get_device_capability()
-    for stage, head_dim, length in itertools.product(
-        options.stage, options.head_dim, options.length
-    ):
-        problem = Problem(
-            4, 8, 8, length, length, head_dim, torch.bfloat16, head_dim**-0.5, capability
-        )
+    problems = [
+        Problem(4, 8, 8, length, length, dim, torch.bfloat16, dim**-0.5, capability)
+        for dim, length in itertools.product(options.head_dim, options.length)
+    ]
+    cases = list(itertools.product(options.stage, problems))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
+        jobs = [(stage, p, config) for stage, p in cases for config in candidates(stage)]
+        list(pool.map(compile_stage, jobs))
+    for stage, problem in cases:
         times = {}
         for config in candidates(stage):
-            try:
-                times[config] = time_stage(stage, problem, config)
-            except OutOfResources as error:
-                print(f"skipped {stage} {config}: {error}")
-        print(f"{stage} d={head_dim} n={length}")
+            milliseconds = run_stage(stage, problem, config, device_ms)
+            if milliseconds is not None:
+                times[config] = milliseconds
+        print(f"{stage} d={problem.head_dim} n={problem.key_length}", flush=True)
         for config in sorted(times, key=lambda config: times[config])[:5]:
-            print(f"  {times[config]:8.4f} ms  {config}")
+            print(f"  {times[config]:8.4f} ms  {config}", flush=True)
 
 
 if __name__ == "__main__":
