@@ -2,6 +2,7 @@
 
 from ldm4ts_kernels.acceleration import accelerate_attention
 from ldm4ts_kernels.attention import attention_fn, explain
+from ldm4ts_kernels.checkpointing import save_attention_outputs
 from ldm4ts_kernels.diffusers_integration import patch_unet_attention
 
 __version__ = "0.1.0"
@@ -11,4 +12,5 @@ __all__ = [
     "attention_fn",
     "explain",
     "patch_unet_attention",
+    "save_attention_outputs",
 ]

@@ -7,7 +7,7 @@ PACKAGE = "ldm4ts_kernels"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
     ("reference", "requirements", "kernels.primitives", "kernels.tuning"),
-    ("kernels.problem",),
+    ("kernels.problem", "kernels.flops"),
     ("kernels.flash_forward", "kernels.quantize"),
     ("kernels.flash_backward", "kernels.int8_forward"),
     ("kernels.flash", "kernels.int8_backward", "native"),

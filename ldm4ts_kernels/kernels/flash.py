@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm4ts_kernels.kernels.flash_backward import flash_backward
 from ldm4ts_kernels.kernels.flash_forward import flash_forward
+from ldm4ts_kernels.kernels.flops import register_attention_flops
 from ldm4ts_kernels.kernels.problem import Problem
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU
@@ -121,6 +122,11 @@ for _device in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
     _LIBRARY.impl("triton_flash_backward", _backward, _device)
 torch.library.register_fake("ldm4ts_kernels::triton_flash_forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("ldm4ts_kernels::triton_flash_backward", _fake_backward, lib=_LIBRARY)
+register_attention_flops(
+    torch.ops.ldm4ts_kernels.triton_flash_forward,
+    torch.ops.ldm4ts_kernels.triton_flash_backward,
+    value_at=4,
+)
 
 
 def _needs_float32(tensor: Tensor) -> bool:
