@@ -3,9 +3,9 @@
     python -m benchmarks.tune --head-dim 40 64 80 128 160 --length 784 4096
 
 Candidates are compiled by `--jobs` processes at once, which fills Triton's cache; then each (pass,
-head dim, length) is timed with every candidate by graph replay, one at a time. A candidate that does
-not fit is skipped by name. The winners go into kernels/tuning.py by hand, under a comment with GPU,
-date and this command.
+head dim, length) is timed with every candidate by graph replay, one at a time. A candidate that
+does not fit is skipped by name. The winners go into kernels/tuning.py by hand, under a comment with
+GPU, date and this command.
 """
 
 import argparse
