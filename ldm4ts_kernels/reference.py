@@ -143,8 +143,9 @@ def quantise(
         2, (-1, block)
     )  # (B, H, ⌈N / block⌉, block, D)
     largest = blocks.abs().amax((-2, -1)).clamp(min=1e-30)
-    rounded = (blocks * (127.0 / largest)[..., None, None]).round()
-    return rounded.flatten(2, 3)[:, :, :rows].to(torch.int8), largest / 127.0 * (largest / largest)
+    steps = torch.full_like(largest, 127.0)  # torch divides by a plain number less exactly
+    rounded = (blocks * (steps / largest)[..., None, None]).round()
+    return rounded.flatten(2, 3)[:, :, :rows].to(torch.int8), largest / steps * (largest / largest)
 
 
 def dequantised(tensor: Tensor, block: int) -> Tensor:  # (B, H, N, D) → the same, float32

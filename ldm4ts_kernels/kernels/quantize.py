@@ -119,7 +119,7 @@ def _quantise_and_store(
         other = _largest(x[1])
         largest = tl.maximum(largest, other) + (largest + other) * 0.0  # a maximum drops NaN
     largest = tl.where(largest < SMALLEST, SMALLEST, largest)
-    # Rounded divisions: the plain ones are approximate on a GPU, and ties are common in 16 bits.
+    # Ties are common in 16 bits: divide with rounding, which a GPU otherwise does not.
     tl.store(scale_ptr + start // BLOCK, tl.div_rn(largest, LARGEST))
     factor = tl.div_rn(LARGEST, largest)
     if QK_1 == 0:
@@ -244,4 +244,5 @@ def quantise(
         query, key, sums, *result, lse_shift, *query.stride()[:3], *key.stride()[:3],
         *problem.lengths(), problem.scale, parts, query_programs,
         **flags, MAX_PARTS=MEAN_PARTS, BLOCK=QUANT_ROWS,
+        enable_fp_fusion=False,  # x · factor is rounded before ROUNDER is added, as the oracle does
     )  # fmt: skip
