@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm4ts_kernels import native
-from ldm4ts_kernels.requirements import HALF, HALF_OR_SINGLE, Call, Requires, constant
+from ldm4ts_kernels.requirements import (
+    HALF,
+    HALF_OR_SINGLE,
+    Call,
+    Requires,
+    capability,
+    constant,
+)
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -54,6 +61,12 @@ def _declines_unmeasured(call: Call) -> str | None:
     if call.device.type == "cuda":
         return "is tested without a GPU and not yet measured on one: ask for it by name"
     return "runs on the CPU in Triton's interpreter, which is for tests: ask for it by name"
+
+
+def _declines_int8(call: Call) -> str | None:
+    if capability(call.device) != (9, 0):
+        return _declines_unmeasured(call)
+    return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90: ask for it by name"
 
 
 @constant
@@ -243,7 +256,7 @@ TRITON_INT8 = Backend(
         extra=(_triton_device, _no_keys, _no_queries),
     ),
     _triton_int8,
-    declines=_declines_unmeasured,
+    declines=_declines_int8,
 )
 SAGEATTENTION2 = Backend(
     "sageattention2",

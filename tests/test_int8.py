@@ -7,7 +7,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton")
 
 from benchmarks.resources import SHARED_LIMIT_KIB
-from ldm4ts_kernels import attention_fn, explain, reference
+from ldm4ts_kernels import attention_fn, backends, explain, reference
 from ldm4ts_kernels.kernels import tuning
 from ldm4ts_kernels.kernels.flash import flash_attention
 from ldm4ts_kernels.kernels.int8 import int8_attention
@@ -267,6 +267,13 @@ def test_attention_fn_runs_it_by_name_and_explains_where_it_does_not_serve(devic
     assert (
         "takes bfloat16, float16, got float32" in explain(*single, **options).reasons["triton_int8"]
     )
+
+
+def test_auto_declines_it_where_it_is_measured_to_be_slower(monkeypatch):
+    call = explain(*draw(SMALL[2], torch.float16, torch.device("cpu")), precision="int8").call
+    (row,) = (row for row in backends.CHAINS["int8"] if row.name == "triton_int8")
+    monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
+    assert "of sdpa's speed on sm_90" in row.declines(call)
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT_KIB)
