@@ -1,0 +1,183 @@
+"""The bytes that a training step holds, traced under fake tensors: no GPU, nothing computed.
+
+A step's operators are the same for every batch size, and what each finds in memory is a constant
+plus a slope times the batch: two traces give the peak of every batch size.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Allocated in the forward pass; in the backward pass and the optimizer what is no gradient.
+CATEGORIES = ("parameters", "gradients", "optimizer", "inputs", "activations", "temporaries")
+PHASES = ("forward", "backward", "optimizer")
+ROUNDING = 512  # bytes; what the CUDA caching allocator rounds every tensor up to
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What is live after each allocation of one step."""
+
+    phases: tuple[int, ...]  # E indices into PHASES
+    live_bytes: tuple[tuple[int, ...], ...]  # E rows of len(CATEGORIES)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest live memory of a step: bytes by category at that moment, and by phase."""
+
+    categories: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def phase(self) -> str:
+        """The phase that has the peak."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def total(self) -> int:
+        """Bytes: the estimate of `torch.cuda.max_memory_allocated`, without workspaces."""
+        return sum(self.categories.values())
+
+
+@dataclass(frozen=True)
+class MemoryLaw:
+    """Bytes live after each allocation of a step, as constant + slope · batch size."""
+
+    phases: Tensor  # (E,)
+    constant: Tensor  # (E, len(CATEGORIES)) float64, bytes
+    slope: Tensor  # (E, len(CATEGORIES)) float64, bytes a window
+
+    def peak(self, batch_size: int) -> Peak:
+        """Return the peak of a step of batch_size windows."""
+        live = self.constant + self.slope * batch_size  # (E, C)
+        totals = live.sum(dim=1)
+        at_peak = live[totals.argmax()].round().long().tolist()
+        by_phase = {
+            name: round(totals[self.phases == index].max().item())
+            for index, name in enumerate(PHASES)
+        }
+        return Peak(dict(zip(CATEGORIES, at_peak, strict=True)), by_phase)
+
+
+def fit_law(small: Timeline, small_batch: int, large: Timeline, large_batch: int) -> MemoryLaw:
+    """Return the law through the timelines of two batch sizes.
+
+    Raises RuntimeError where the two steps did not run the same allocations.
+    """
+    if small.phases != large.phases:
+        raise RuntimeError(
+            f"the steps of batch sizes {small_batch} and {large_batch} differ: "
+            f"{len(small.phases)} and {len(large.phases)} allocations"
+        )
+    low, high = (torch.tensor(trace.live_bytes, dtype=torch.float64) for trace in (small, large))
+    slope = (high - low) / (large_batch - small_batch)
+    return MemoryLaw(torch.tensor(small.phases), low - slope * small_batch, slope)
+
+
+def trace_step(
+    module: nn.Module,
+    trained: Sequence[nn.Parameter],
+    inputs: Iterable[Tensor],
+    loss: Callable[[], Tensor],
+) -> Timeline:
+    """Record loss → backward → clipping → fused AdamW → zero_grad, the optimizer's states there.
+
+    Call under FakeTensorMode, with a module and inputs of fake CPU tensors: sizes are those of a
+    GPU, and fake CUDA tensors cannot run a backward pass where there is no GPU.
+    """
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for parameter in trained:  # the states come with the first step, which needs no real gradient
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    tracker = _Tracker()
+    tracker.hold("parameters", [*module.parameters(), *module.buffers()])
+    tracker.hold("optimizer", tree_leaves(list(optimizer.state.values())))
+    tracker.hold("inputs", inputs)
+    hooks = [p.register_post_accumulate_grad_hook(tracker.hold_gradient) for p in trained]
+    tracker.enter("forward")
+    with tracker:
+        value = loss()
+        tracker.enter("backward")
+        value.backward()
+        tracker.enter("optimizer")
+        nn.utils.clip_grad_norm_(trained, 1.0)  # to no matter what
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for hook in hooks:
+        hook.remove()
+    return tracker.timeline()
+
+
+class _Tracker(TorchDispatchMode):
+    """Follows every storage from the operator that returns it to its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = PHASES.index("forward")
+        self.live = [0] * len(CATEGORIES)
+        self.storages: dict[int, tuple[int, int]] = {}  # key: (bytes, category)
+        self.events: list[tuple[int, tuple[int, ...]]] = []
+
+    def enter(self, phase: str) -> None:
+        self.phase = PHASES.index(phase)
+        self._record()
+
+    def hold(self, category: str, tensors: Iterable[Any]) -> None:
+        """Count what exists before the step, or comes to belong to another category."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self._add(tensor, CATEGORIES.index(category))
+
+    def hold_gradient(self, parameter: Tensor) -> None:
+        self.hold("gradients", [parameter.grad])
+
+    def timeline(self) -> Timeline:
+        phases, live = zip(*self.events, strict=True)
+        return Timeline(phases, live)
+
+    def _record(self) -> None:
+        self.events.append((self.phase, tuple(self.live)))
+
+    def _add(self, tensor: Tensor, category: int) -> None:
+        """Count the tensor's storage under the category."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.storages:
+            size, former = self.storages[key]
+            self.live[former] -= size
+        else:
+            size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+            weakref.finalize(storage, self._remove, key)
+        self.storages[key] = (size, category)
+        self.live[category] += size
+
+    def _remove(self, key: int) -> None:
+        size, category = self.storages.pop(key)
+        self.live[category] -= size
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        category = CATEGORIES.index("temporaries" if self.phase else "activations")
+        new = False
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.storages:
+                self._add(tensor, category)
+                new = True
+        if new:
+            self._record()
+        return result

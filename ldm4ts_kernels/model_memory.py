@@ -1,0 +1,170 @@
+"""The memory law of LDM4TS training steps: what `training` does in a step, under fake tensors."""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from ldm4ts_kernels.memory_trace import MemoryLaw, Timeline, fit_law, trace_step
+from ldm4ts_kernels.model import LDM4TSConfig, LDM4TSModel
+
+# Fakes cost the same at any size; the further apart, the less the 512-byte rounding weighs.
+TRACED_BATCHES = (2, 32)
+# What autocast computes in float32 on CUDA and in bfloat16 on a CPU (torch.amp's op reference).
+FLOAT32_UNDER_CUDA_AUTOCAST = frozenset(
+    {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax}
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides the memory of a training step, but for its batch size."""
+
+    config: LDM4TSConfig
+    part: str  # one of PARTS
+    materialised: bool  # attention with its scores in memory; else fused
+    gradient_checkpointing: bool
+    precision: str  # "fp32", or "bf16" for autocast
+
+
+@functools.lru_cache(maxsize=64)
+def memory_law(step: Step) -> MemoryLaw:
+    """Return the bytes that the step holds, for any batch size; takes seconds, once a step.
+
+    Raises ValueError for a model with a text encoder: its prompts are written from real values.
+    """
+    if step.config.text_encoder is not None:
+        raise ValueError(
+            f"text_encoder must be None for an estimate, got {step.config.text_encoder!r}"
+        )
+    small, large = TRACED_BATCHES
+    return fit_law(_trace(step, small), small, _trace(step, large), large)
+
+
+def _trace(step: Step, batch_size: int) -> Timeline:
+    model = _build(step)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the noise schedule is no buffer
+        _make_fake(model)
+        model.train()
+        module, trained, inputs, loss = PARTS[step.part](model, batch_size)
+        bf16 = step.precision == "bf16"
+
+        def autocast_loss() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return loss()
+
+        with _CudaAutocast() if bf16 else nullcontext():
+            return trace_step(module, trained, inputs, autocast_loss)
+
+
+def _build(step: Step) -> LDM4TSModel:
+    with torch.device("meta"):
+        model = LDM4TSModel(
+            device="meta",
+            attention_backend="default",
+            enable_gradient_checkpointing=False,
+            **asdict(step.config),
+        )
+    for module in (model.unet, model.autoencoder.kl):
+        if not step.materialised:
+            # Every fused kernel keeps what SDPA keeps: query, key, value, output, log-sum-exp.
+            module.set_attn_processor(AttnProcessor2_0())
+        if step.gradient_checkpointing:
+            module.enable_gradient_checkpointing(_checkpoint)
+    return model
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Give a model that was built on "meta" fake CPU tensors; `Module.to` cannot."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            fake = torch.empty_like(parameter, device="cpu")
+            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
+# The parts: (module in memory, what is trained, inputs, loss)
+
+_Part = tuple[nn.Module, Sequence[nn.Parameter], Sequence[Tensor], Callable[[], Tensor]]
+
+
+def _autoencoder(model: LDM4TSModel, batch_size: int) -> _Part:
+    batch = _batch(model.config, batch_size)
+
+    def loss() -> Tensor:
+        return model.autoencoder_loss(batch["history"])
+
+    return model, model.autoencoder_parameters(), list(batch.values()), loss
+
+
+def _forecaster(model: LDM4TSModel, batch_size: int) -> _Part:
+    # What `freeze_autoencoder` leaves behind; it reads values, which fakes do not have.
+    model.autoencoder.needs_training = False
+    model.autoencoder.requires_grad_(False).train()
+    batch = _batch(model.config, batch_size)
+
+    def loss() -> Tensor:
+        return model.loss(batch)["loss"]
+
+    return model, model.trainable_parameters(), list(batch.values()), loss
+
+
+def _unet(model: LDM4TSModel, batch_size: int) -> _Part:
+    config = model.config
+    latents = torch.empty(batch_size, *model.latent_shape)
+    noise = torch.empty_like(latents)
+    timesteps = torch.zeros(batch_size, dtype=torch.int64)
+    tokens = torch.empty(batch_size, 2 * config.variates, config.cross_attention_dim)
+
+    def loss() -> Tensor:
+        predicted = model.unet(latents, timesteps, tokens, return_dict=False)[0]
+        return F.mse_loss(predicted.float(), noise)
+
+    parameters = list(model.unet.parameters())
+    return model.unet, parameters, (latents, noise, timesteps, tokens), loss
+
+
+# The two stages of training, and the U-Net alone.
+PARTS = {"autoencoder": _autoencoder, "forecaster": _forecaster, "unet": _unet}
+
+
+def _batch(config: LDM4TSConfig, batch_size: int) -> dict[str, Tensor]:
+    return {
+        "history": torch.empty(batch_size, config.history, config.variates),
+        "future": torch.empty(batch_size, len(config.horizons), len(config.targets)),
+    }
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Under a CPU's autocast, cast to float32 where CUDA's autocast does."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in FLOAT32_UNDER_CUDA_AUTOCAST and torch.is_autocast_enabled("cpu"):
+            args = tuple(item.float() if isinstance(item, Tensor) else item for item in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _checkpoint(module: nn.Module, *args: Any) -> Any:
+    """Checkpoint as diffusers does; no function mode reaches into a backward pass by itself."""
+    return checkpoint(
+        module.__call__,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _CudaAutocast()),
+    )
