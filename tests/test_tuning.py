@@ -27,6 +27,8 @@ def test_a_head_dim_is_covered_by_two_powers_of_two():
 def test_the_head_dims_of_diffusion_models_are_not_padded_to_the_next_power_of_two():
     covered = {dim: sum(tuning.split_head_dim(dim)) for dim in (40, 48, 80, 96, 160)}
     assert covered == {40: 48, 48: 48, 80: 80, 96: 96, 160: 160}
+    hopper = {dim: sum(tuning.split_head_dim(dim, (9, 0))) for dim in (40, 80, 96, 160)}
+    assert hopper == {40: 64, 80: 80, 96: 96, 160: 160}
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT_KIB)
@@ -43,7 +45,7 @@ def test_every_head_dim_length_and_dtype_has_a_tile(stage, capability):
 def test_one_block_tiles_hold_all_keys():
     for head_dim in range(1, 257):
         for key_length in range(1, 129):
-            if tuning.fits_one_block(head_dim, 2, key_length):
+            if tuning.fits_one_block(head_dim, 2, key_length, (8, 6)):
                 config = tuning.choose("one_block", head_dim, 2, key_length, (8, 6))
                 assert config.block_k >= key_length
 

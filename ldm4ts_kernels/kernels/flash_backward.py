@@ -28,7 +28,6 @@ from ldm4ts_kernels.kernels.primitives import (
     zero_parts,
 )
 from ldm4ts_kernels.kernels.problem import Problem
-from ldm4ts_kernels.kernels.tuning import fits_one_block
 
 
 @triton.jit
@@ -260,7 +259,7 @@ def flash_backward(
     dmask: Tensor | None,  # (B, H, Q, K) float32, zeroed, contiguous
 ) -> None:
     """Launch the backward kernels into `dq`, `dk`, `dv` and, where given, `dmask`."""
-    one_block = fits_one_block(problem.head_dim, problem.dtype.itemsize, problem.key_length)
+    one_block = problem.one_block
     mask_strides = attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)
     flags = problem.flags()
     delta = None

@@ -34,6 +34,8 @@ from ldm4ts_kernels.kernels.primitives import (
 from ldm4ts_kernels.kernels.problem import Problem, common_step
 from ldm4ts_kernels.kernels.quantize import Quantised
 
+ROW_STRIDES = ["stride_vn", "stride_don"]  # never constants: see int8_forward
+
 
 @triton.jit
 def _weights_and_score_gradient(
@@ -50,7 +52,7 @@ def _weights_and_score_gradient(
     return p, p * (dp - delta)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def _int8_dkdv_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr,
     dk_ptr, dv_ptr,
@@ -140,7 +142,7 @@ def _add_mean(dq, dlse, mean_ptr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1:
         return (first, dq[1] + dlse * mean[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def _int8_dq_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, mean_ptr, v_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr,
     mask_ptr, dq_ptr,

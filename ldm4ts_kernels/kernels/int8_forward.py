@@ -29,7 +29,9 @@ from ldm4ts_kernels.kernels.quantize import Quantised, int8_parts, stored_width
 from ldm4ts_kernels.kernels.tuning import QUANT_ROWS
 
 
-@triton.jit
+# Triton makes a stride of 1 a constant and then lays a tile of head dim 1 out by columns, which its
+# version 3.6 multiplies wrongly on an H200 (in the backward pass, with 64 queries a block).
+@triton.jit(do_not_specialize=["stride_vn"])
 def _int8_fwd_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, mask_ptr, o_ptr, lse_ptr,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,

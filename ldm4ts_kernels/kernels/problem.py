@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ldm4ts_kernels.kernels.tuning import Config, choose, split_head_dim
+from ldm4ts_kernels.kernels.tuning import Config, choose, fits_one_block, split_head_dim
 
 
 def common_step(*strides: tuple[int, ...]) -> int:
@@ -45,6 +45,11 @@ class Problem(NamedTuple):
     def config(self, stage: str) -> Config:
         return choose(stage, self.head_dim, self.dtype.itemsize, self.key_length, self.capability)
 
+    @property
+    def one_block(self) -> bool:
+        """Whether the backward holds all keys of a head in one block, and takes one launch."""
+        return fits_one_block(self.head_dim, self.dtype.itemsize, self.key_length, self.capability)
+
     def lengths(self) -> tuple[int, int, int, int]:
         """Return the kernels' run-time sizes: heads, heads a key head, queries and keys."""
         heads_a_group = self.heads // self.kv_heads
@@ -69,7 +74,7 @@ class Problem(NamedTuple):
 
     def flags(self) -> dict[str, int | bool | str]:
         """Return the kernels' compile-time flags."""
-        part_0, part_1 = split_head_dim(self.head_dim)
+        part_0, part_1 = split_head_dim(self.head_dim, self.capability)
         return {
             "D": self.head_dim,
             "PART_0": part_0,
