@@ -9,25 +9,40 @@
 
 namespace ldm {
 
+constexpr int kDevices = 64;
+
+inline int device_slot() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device % kDevices;
+}
+
 struct DeviceLimits {
-  int processors;    // streaming multiprocessors
-  int shared_bytes;  // a block may have, after opting in
+  int processors;  // streaming multiprocessors
 };
 
 // Asked once a device: a query costs as much as a launch.
-inline const DeviceLimits& device_limits() {
-  constexpr int kDevices = 64;
-  static DeviceLimits limits[kDevices];
-  static std::atomic<bool> known[kDevices];
-  int device = 0;
-  cudaGetDevice(&device);
-  DeviceLimits& found = limits[device % kDevices];
-  if (!known[device % kDevices].load(std::memory_order_acquire)) {
-    cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    known[device % kDevices].store(true, std::memory_order_release);
+inline DeviceLimits device_limits() {
+  static std::atomic<int> known[kDevices];
+  const int slot = device_slot();
+  int processors = known[slot].load(std::memory_order_relaxed);
+  if (processors == 0) {
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, slot);
+    known[slot].store(processors, std::memory_order_relaxed);
   }
-  return found;
+  return {processors};
+}
+
+// More than 48 KiB of shared memory must be asked for, once a kernel and device.
+template <auto kKernel>
+cudaError_t allow_shared(int bytes) {
+  static std::atomic<bool> allowed[kDevices];
+  const int slot = device_slot();
+  if (bytes <= 48 * 1024 || allowed[slot].load(std::memory_order_relaxed)) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  allowed[slot].store(error == cudaSuccess, std::memory_order_relaxed);
+  return error;
 }
 
 template <auto kKernel>
@@ -43,11 +58,7 @@ int launch(int64_t blocks, int threads, int shared_bytes, const FlashParams& p,
            cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = allow_shared<kKernel>(shared_bytes)) return error;
   kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(p);
   return cudaGetLastError();
 }

@@ -111,20 +111,6 @@ std::tuple<Tensor, Tensor> flash_forward(const Tensor& query, const Tensor& key,
   return {out, lse};
 }
 
-// How dq comes about, and the memory that takes; see sm80/flash_bwd.cuh. Returns the workspace.
-std::optional<Tensor> plan_query_gradient(FlashParams& p, const Tensor& query, bool deterministic) {
-  return with_head_dim(p.head_dim, [&](auto dim) -> std::optional<Tensor> {
-    const bool one_block = p.k_len <= flash_bwd_block_keys<dim.value>();
-    p.fused_delta = one_block;
-    p.dq_mode = one_block ? kStoreOnce : deterministic ? kSeparateKernel : kAtomic;
-    if (p.dq_mode != kAtomic) return std::nullopt;
-    Tensor workspace =
-        torch::stable::new_empty(query, {flash_bwd_workspace<dim.value>(p)}, ScalarType::Float);
-    p.dq_accum = floats(workspace);
-    return workspace;
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tensor& query,
                                                   const Tensor& key, const Tensor& value,
                                                   const Tensor& out, const Tensor& lse,
@@ -144,7 +130,9 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tens
   Tensor dv = torch::stable::empty_like(value);
   if (p.k_len == 0) return {torch::stable::zero_(dq), dk, dv};
   const Tensor delta = empty_rows(query);
-  const std::optional<Tensor> workspace = plan_query_gradient(p, query, deterministic);
+  const int64_t size = with_head_dim(
+      p.head_dim, [&](auto dim) { return plan_flash_bwd<dim.value>(p, deterministic); });
+  const Tensor workspace = torch::stable::new_empty(query, {size}, ScalarType::Float);
   p.o = strided(out);
   p.d_o = strided(dout);
   p.dq = strided(dq);
@@ -152,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tens
   p.dv = strided(dv);
   p.lse = floats(lse);
   p.delta = floats(delta);
+  p.workspace = floats(workspace);
   p.dlse = dlse ? floats(*dlse) : nullptr;
   const cudaStream_t stream = current_stream(query);
   check_launch("flash_backward", with_head_dim(p.head_dim, [&](auto dim) {

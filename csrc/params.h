@@ -16,7 +16,7 @@ struct Strided {
 };
 
 enum MaskKind : int64_t { kNoMask = 0, kBoolMask = 1, kElementMask = 2, kFloatMask = 3 };
-enum QueryGradient : int64_t { kSeparateKernel = 0, kStoreOnce = 1, kAtomic = 2 };
+enum QueryGradient : int64_t { kSeparateKernel = 0, kInTurn = 1, kAtomic = 2 };  // flash_bwd.cuh
 
 // B batch, H query heads, G key/value heads, Q query length, K key length, D head dim.
 // Fields of 8 bytes come first, so that there is no padding to guess at.
@@ -34,9 +34,10 @@ struct FlashParams {
   float* lse;        // (B, H, Q), natural logarithm
   float* delta;      // (B, H, Q), Σ_d do·o − dlse
   float* dlse;       // (B, H, Q) or null
-  float* dq_accum;   // fragments of dq in float32, in the order of the kernel that adds them
+  float* workspace;  // float32 fragments, in the order of the lanes that own them
   int64_t mask_kind;
   int64_t dq_mode;
+  int64_t turn;      // kInTurn: which tile of keys
   int64_t bfloat16;  // 1: bfloat16, 0: float16
   int64_t causal;    // query i sees keys 0..i
   int32_t batch;
@@ -46,7 +47,7 @@ struct FlashParams {
   int32_t k_len;
   int32_t head_dim;
   float scale;
-  int32_t fused_delta;  // the key kernel computes delta itself
+  int32_t splits;  // blocks that share out the queries of one head in the backward
 };
 
 // Each returns a cudaError_t. kHeadDim is one of dispatch.h's and at least p.head_dim.
@@ -59,10 +60,8 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream);
 template <int kHeadDim>
 int probe_flash_fwd();
 
-// The keys that one block of the backward holds, and the floats of its dq workspace.
+// Chooses how the backward goes (dq_mode, splits); returns the floats of workspace that takes.
 template <int kHeadDim>
-int flash_bwd_block_keys();
-template <int kHeadDim>
-int64_t flash_bwd_workspace(const FlashParams& p);
+int64_t plan_flash_bwd(FlashParams& p, bool deterministic);
 
 }  // namespace ldm

@@ -4,7 +4,6 @@ The extension is one shared library on LibTorch's stable ABI (csrc/). Where it i
 not load, `load_error` says why, and everything else in the package works without it.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ldm4ts_kernels.requirements import constant
+
 LIBRARY = Path(__file__).with_name("_C.so")
 MAX_HEAD_DIM = 256
 
 
-@torch.compiler.assume_constant_result
+@constant
 def load_error() -> str | None:
     """Load the extension if that has not happened yet; return why it cannot be used, or None."""
     return _load()
 
 
-@functools.cache
 def _load() -> str | None:
     if not LIBRARY.exists():
         return "the compiled extension is not part of this install (reinstall where nvcc is found)"
@@ -34,7 +34,7 @@ def _load() -> str | None:
     return None
 
 
-@functools.cache
+@constant
 def device_error(index: int) -> str | None:
     """Return why the loaded kernels cannot run on CUDA device `index`, or None.
 
@@ -126,9 +126,9 @@ def flash_attention(
     query's dtype, and gets no gradient; there is no dropout. The natural-log LSE comes as float32
     and carries a gradient. A row that sees no key gives 0 and LSE -inf.
 
-    The backward is one launch while the keys fit one block (`csrc/sm80/tiles.h`). Beyond that dq is
-    summed by float32 atomics, in an order that differs from run to run, unless
-    `torch.use_deterministic_algorithms` asks for the slower kernel that recomputes the scores.
+    Up to two tiles of keys (`csrc/sm80/tiles.h`: 256 keys for D ≤ 112) the backward is the same in
+    every run. Beyond that dq is summed by float32 atomics, in an order that differs from run to
+    run, unless `torch.use_deterministic_algorithms` asks for the slower ways (docs/kernels.md).
 
     Source: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2.
 

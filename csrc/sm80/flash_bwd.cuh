@@ -5,12 +5,15 @@
 // Rows of the scores are keys, so pᵀ and dsᵀ are operand A of the next product without leaving the
 // registers; only ds passes through shared memory, for dq, where a block needs it transposed.
 //
-// dq, by p.dq_mode:
-//   kStoreOnce       one block holds all keys: it writes dq. One launch, no workspace, no atomics.
-//   kAtomic          blocks add to a float32 workspace; another launch rounds it. Not
-//   deterministic. kSeparateKernel  not computed here but by flash_bwd_dq.cuh, which recomputes the
-//   scores: 7
-//                    products instead of 5, for a result that is the same in every run.
+// p.dq_mode says where dq is summed:
+// - kInTurn: a launch a tile of keys, a block a head: each adds its share to dq, and the last
+// rounds
+//   it. No atomics, the same in every run; one tile of keys is one launch and needs no workspace.
+//   Many queries against one tile of keys are shared out among p.splits blocks, whose dk and dv
+//   another launch adds up.
+// - kAtomic: a block a tile of keys; they add to a float32 workspace, which another launch rounds.
+// - kSeparateKernel: not here but in flash_bwd_dq.cuh, which recomputes the scores: 7 products
+//   instead of 5, for a result that is the same in every run.
 #pragma once
 #include "../mask.cuh"
 #include "tile.cuh"
@@ -57,6 +60,16 @@ LDM_DEVICE float row_delta(const FlashParams& p, int batch, int head, int query)
   LDM_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
   const int64_t row = (static_cast<int64_t>(batch) * p.heads + head) * p.q_len + query;
   return p.dlse ? sum - p.dlse[row] : sum;
+}
+
+// delta of one tile of queries, by the whole block.
+template <typename T, class C>
+LDM_DEVICE void store_deltas(const FlashParams& p, int batch, int head, int begin) {
+  const int64_t row = (static_cast<int64_t>(batch) * p.heads + head) * p.q_len;
+  const int end = min(begin + C::kBlockQ, p.q_len);
+  for (int query = begin + thread_index() / kWarp; query < end; query += C::kWarps) {
+    p.delta[row + query] = row_delta<T>(p, batch, head, query);
+  }
 }
 
 // s → p = exp2(s − lse); dp → ds = p (dp − delta). Rows are keys, columns are queries.
@@ -137,7 +150,7 @@ struct DqShare {
   // fragments lie in the order of the threads that hold them: every access is one line a warp
   LDM_DEVICE float* workspace(const FlashParams& p, int64_t tile) const {
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    return p.dq_accum + tile * C::kDqFloats + warp * 16 * C::kDqColumns + lane;
+    return p.workspace + tile * C::kDqFloats + warp * 16 * C::kDqColumns + lane;
   }
   template <typename T>
   LDM_DEVICE void store(T type, Rows dq, int query, int n, const float (&x)[4],
@@ -150,17 +163,18 @@ struct DqShare {
   }
 };
 
-// dq of one query tile from this block's keys: stored, or added to the workspace. At most 64
-// columns at a time, which bounds the registers.
+// dq of one query tile from one key tile: added to that of the keys before, and stored after the
+// last, or left to atomics. At most 64 columns at a time, which bounds the registers.
 template <typename T, class C>
 LDM_DEVICE void query_gradient(T type, const FlashParams& p, Tile<C::kBlockQ> ds,
-                               Tile<C::kPadded> keys, int batch, int head, int query) {
-  constexpr int kMost = C::kPadded > 192 ? 16 : 64;
+                               Tile<C::kPadded> keys, int batch, int head, int query, int key) {
+  const bool last = key + C::kBlockK >= key_limit(p, query + C::kBlockQ - 1);
+  constexpr int kMost = C::kPadded > 192 ? 32 : 64;
   constexpr int kColumns = C::kDqColumns < kMost ? C::kDqColumns : kMost;
   const DqShare<C> share;
   const int64_t head_index = static_cast<int64_t>(batch) * p.heads + head;
   const int64_t tile = head_index * ceil_div(p.q_len, C::kBlockQ) + query / C::kBlockQ;
-  LDM_UNROLL for (int first = 0; first < C::kDqColumns; first += kColumns) {
+  LDM_ROLLED for (int first = 0; first < C::kDqColumns; first += kColumns) {
     float dq[kColumns / 8][4] = {};
     LDM_UNROLL for (int k = 0; k < C::kBlockK / 16; ++k) {
       uint32_t a[4];
@@ -177,141 +191,170 @@ LDM_DEVICE void query_gradient(T type, const FlashParams& p, Tile<C::kBlockQ> ds
     LDM_UNROLL for (int n = 0; n < kColumns / 8; ++n) {
       const int block = first / 8 + n;
       if (block >= C::kDqColumns / 8) break;
-      if (p.dq_mode == kStoreOnce) {
+      float* target = share.workspace(p, tile) + block * 4 * kWarp;
+      if (p.dq_mode == kAtomic) {
+        LDM_UNROLL for (int e = 0; e < 4; ++e) add_atomic(target + e * kWarp, dq[n][e]);
+        continue;
+      }
+      if (key > 0) {
+        LDM_UNROLL for (int e = 0; e < 4; ++e) dq[n][e] += target[e * kWarp];
+      }
+      if (last) {
         share.store(type, rows_of(p.dq, batch, head), query, block, dq[n], p);
       } else {
-        float* target = share.workspace(p, tile) + block * 4 * kWarp;
-        LDM_UNROLL for (int e = 0; e < 4; ++e) add_atomic(target + e * kWarp, dq[n][e]);
+        LDM_UNROLL for (int e = 0; e < 4; ++e) target[e * kWarp] = dq[n][e];
       }
     }
   }
+}
+
+// What a block does with one tile of keys: which queries it meets, and where its tiles lie.
+template <class C>
+struct KeyTile {
+  const FlashParams& p;
+  int batch, kv_head, group, key;
+  int first, q_tiles;  // the first queries of a causal head see none of these keys
+  int begin, end;      // steps: a step is one tile of queries of one head of the group
+  Tile<C::kPadded> k, v;
+  Tile<C::kBlockQ> ds, scores;
+  uint32_t stages, floats;
+
+  LDM_DEVICE explicit KeyTile(const FlashParams& params) : p(params), group(p.heads / p.kv_heads) {
+    const int k_tiles = ceil_div(p.k_len, C::kBlockK);
+    const int blocks = p.dq_mode == kInTurn ? p.splits : k_tiles;  // a head
+    const int part = static_cast<int>(block_index() % blocks);
+    batch = static_cast<int>(block_index() / blocks / p.kv_heads);
+    kv_head = static_cast<int>(block_index() / blocks % p.kv_heads);
+    key = (p.dq_mode == kInTurn ? static_cast<int>(p.turn) : part) * C::kBlockK;
+    first = p.causal ? key / C::kBlockQ : 0;
+    q_tiles = max(ceil_div(p.q_len, C::kBlockQ) - first, 0);
+    const int share = ceil_div(group * q_tiles, p.splits);
+    begin = p.dq_mode == kInTurn ? min(part * share, group * q_tiles) : 0;
+    end = p.dq_mode == kInTurn ? min(begin + share, group * q_tiles) : group * q_tiles;
+    k = {shared_base()};
+    v = k.rows_from(C::kBlockK);
+    stages = v.rows_from(C::kBlockK).base;
+    ds = {stages + C::kStages * C::kStageBytes};
+    scores = {ds.base + (C::kColumnWarps > 1 ? C::kScoreBytes : 0)};
+    floats = scores.base + C::kScoreBytes;
+  }
+  LDM_DEVICE int head(int step) const { return kv_head * group + step / q_tiles; }
+  LDM_DEVICE int query(int step) const { return (first + step % q_tiles) * C::kBlockQ; }
+  LDM_DEVICE QueryStage<C> stage(int step) const {
+    return QueryStage<C>(stages, floats, step - begin);
+  }
+  LDM_DEVICE void start(int step) const {
+    if (step < end) stage(step).load(p, batch, head(step), query(step));
+    copy_commit();
+  }
+  LDM_DEVICE void start_keys() const {
+    const Rows keys = rows_of(p.k, batch, kv_head), values = rows_of(p.v, batch, kv_head);
+    load_tile<C::kBlockK, C::kThreads>(k, keys, key, p.k_len, p.head_dim);
+    load_tile<C::kBlockK, C::kThreads>(v, values, key, p.k_len, p.head_dim);
+    copy_commit();  // a group of their own: there may be no query that sees these keys
+  }
+  // The lane's own floats of this block's part of the workspace.
+  LDM_DEVICE float* workspace(int part) const {
+    const int64_t head_index = static_cast<int64_t>(batch) * p.kv_heads + kv_head;
+    return p.workspace + (head_index * p.splits + part) * C::kDkvFloats + thread_index();
+  }
+};
+
+// The keys and columns of dK and dV that a warp owns.
+template <class C>
+struct WarpShare {
+  int row, query, column;
+  LDM_DEVICE WarpShare() {
+    const int warp = thread_index() / kWarp;
+    row = warp % C::kKeyWarps * C::kWarpKeys;
+    query = warp / C::kKeyWarps * C::kWarpQueries;
+    column = warp / C::kKeyWarps * C::kWarpColumns;
+  }
+};
+
+template <class C>
+using KeyGradient = float[C::kRowTiles][C::kWarpColumns / 8][4];
+
+// One step: dk and dv gain from one tile of queries, and its dq from this tile of keys.
+template <typename T, class C, bool kHasMask>
+LDM_DEVICE void meet_queries(KeyGradient<C>& dk, KeyGradient<C>& dv, const KeyTile<C>& tile,
+                             const WarpShare<C>& warp, int step) {
+  const FlashParams& p = tile.p;
+  const QueryStage<C> stage = tile.stage(step);
+  const int head = tile.head(step), query = tile.query(step);
+  float s[C::kRowTiles][C::kWarpQueries / 8][4] = {};
+  float ds[C::kRowTiles][C::kWarpQueries / 8][4] = {};
+  multiply_rows(T(), s, tile.k, warp.row, stage.q, warp.query);
+  multiply_rows(T(), ds, tile.v, warp.row, stage.d_o, warp.query);
+  probabilities<T, C, kHasMask>(s, ds, p, stage, tile.batch, head, tile.key + warp.row,
+                                query + warp.query, warp.query);
+  LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
+    LDM_UNROLL for (int n = 0; n < C::kWarpQueries / 8; ++n) {
+      const int row = warp.row + r * 16, column = warp.query + n * 8;
+      store_accumulator(T(), tile.ds, row, column, ds[r][n]);
+      if constexpr (C::kColumnWarps > 1) store_accumulator(T(), tile.scores, row, column, s[r][n]);
+    }
+  }
+  if constexpr (C::kColumnWarps > 1) sync_block();
+  accumulate<T, C>(T(), dv, s, tile.scores, warp.row, stage.d_o, warp.column);
+  accumulate<T, C>(T(), dk, ds, tile.ds, warp.row, stage.q, warp.column);
+  if (p.dq_mode == kSeparateKernel) return;
+  if constexpr (C::kColumnWarps == 1) sync_block();
+  query_gradient<T, C>(T(), p, tile.ds, tile.k, tile.batch, head, query, tile.key);
+}
+
+// dk and dv leave the block: as rows of the result, or as floats where other blocks have a part.
+template <typename T, class C>
+LDM_DEVICE void store_keys(KeyGradient<C>& dk, KeyGradient<C>& dv, const KeyTile<C>& tile,
+                           const WarpShare<C>& warp) {
+  const FlashParams& p = tile.p;
+  const bool shared = p.splits > 1;
+  float* part = tile.workspace(static_cast<int>(block_index() % p.splits));
+  LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
+    LDM_UNROLL for (int n = 0; n < C::kWarpColumns / 8; ++n) {
+      LDM_UNROLL for (int e = 0; e < 4; ++e) dk[r][n][e] *= p.scale;
+      if (!shared) {
+        store_accumulator(T(), tile.k, warp.row + r * 16, warp.column + n * 8, dk[r][n]);
+        store_accumulator(T(), tile.v, warp.row + r * 16, warp.column + n * 8, dv[r][n]);
+        continue;
+      }
+      const int at = (r * (C::kWarpColumns / 8) + n) * 8;
+      LDM_UNROLL for (int e = 0; e < 4; ++e) {
+        part[(at + e) * C::kThreads] = dk[r][n][e];
+        part[(at + 4 + e) * C::kThreads] = dv[r][n][e];
+      }
+    }
+  }
+  if (shared) return;
+  sync_block();
+  store_tile<C::kBlockK, C::kThreads>(rows_of(p.dk, tile.batch, tile.kv_head), tile.k, tile.key,
+                                      p.k_len, p.head_dim);
+  store_tile<C::kBlockK, C::kThreads>(rows_of(p.dv, tile.batch, tile.kv_head), tile.v, tile.key,
+                                      p.k_len, p.head_dim);
 }
 
 template <typename T, class C, bool kHasMask>
 LDM_KERNEL(C::kThreads, 1)
 flash_bwd_kernel(LDM_PARAMS p) {
-  const int k_tiles = ceil_div(p.k_len, C::kBlockK);
-  const int group = p.heads / p.kv_heads;
-  const int k_begin = static_cast<int>(block_index() % k_tiles) * C::kBlockK;
-  const int batch = static_cast<int>(block_index() / k_tiles / p.kv_heads);
-  const int kv_head = static_cast<int>(block_index() / k_tiles % p.kv_heads);
-  const int warp = thread_index() / kWarp;
-  const int warp_row = warp % C::kKeyWarps * C::kWarpKeys;
-  const int warp_query = warp / C::kKeyWarps * C::kWarpQueries;
-  const int warp_column = warp / C::kKeyWarps * C::kWarpColumns;
-
-  const Tile<C::kPadded> k_tile = {shared_base()}, v_tile = k_tile.rows_from(C::kBlockK);
-  const uint32_t stages = v_tile.rows_from(C::kBlockK).base;
-  const Tile<C::kBlockQ> ds_tile = {stages + C::kStages * C::kStageBytes};
-  const Tile<C::kBlockQ> p_tile = {ds_tile.base + (C::kColumnWarps > 1 ? C::kScoreBytes : 0)};
-  const uint32_t floats = p_tile.base + C::kScoreBytes;
-
-  // the first queries of a causal head see none of these keys
-  const int first = p.causal ? k_begin / C::kBlockQ : 0;
-  const int q_tiles = max(ceil_div(p.q_len, C::kBlockQ) - first, 0);
-  const int steps = group * q_tiles;
-  const auto head_of = [&](int step) { return kv_head * group + step / q_tiles; };
-  const auto query_of = [&](int step) { return (first + step % q_tiles) * C::kBlockQ; };
-  const auto start = [&](int step) {
-    if (step < steps) {
-      QueryStage<C>(stages, floats, step).load(p, batch, head_of(step), query_of(step));
-    }
-    copy_commit();
-  };
-
-  load_tile<C::kBlockK, C::kThreads>(k_tile, rows_of(p.k, batch, kv_head), k_begin, p.k_len,
-                                     p.head_dim);
-  load_tile<C::kBlockK, C::kThreads>(v_tile, rows_of(p.v, batch, kv_head), k_begin, p.k_len,
-                                     p.head_dim);
-  copy_commit();  // a group of their own: there may be no query that sees these keys
-  if (p.fused_delta) {
-    for (int row = warp; row < group * p.q_len; row += C::kWarps) {
-      const int head = kv_head * group + row / p.q_len, query = row % p.q_len;
-      const float delta = row_delta<T>(p, batch, head, query);
-      p.delta[(static_cast<int64_t>(batch) * p.heads + head) * p.q_len + query] = delta;
+  const KeyTile<C> tile(p);
+  const WarpShare<C> warp;
+  tile.start_keys();
+  if (p.dq_mode == kInTurn && p.turn == 0) {  // the first turn has every query
+    for (int step = tile.begin; step < tile.end; ++step) {
+      store_deltas<T, C>(p, tile.batch, tile.head(step), tile.query(step));
     }
     sync_block();
   }
+  const auto start = [&](int step) { tile.start(tile.begin + step); };
   LDM_UNROLL for (int step = 0; step < C::kStages - 1; ++step) start(step);
-
-  float dk[C::kRowTiles][C::kWarpColumns / 8][4] = {};
-  float dv[C::kRowTiles][C::kWarpColumns / 8][4] = {};
-  LDM_ROLLED for (int step = 0; step < steps; ++step) {
+  KeyGradient<C> dk = {}, dv = {};
+  LDM_ROLLED for (int step = 0; step < tile.end - tile.begin; ++step) {
     await_step<C::kStages>(step, start);
-    const QueryStage<C> stage(stages, floats, step);
-    const int head = head_of(step), query = query_of(step);
-    float s[C::kRowTiles][C::kWarpQueries / 8][4] = {};
-    float ds[C::kRowTiles][C::kWarpQueries / 8][4] = {};
-    multiply_rows(T(), s, k_tile, warp_row, stage.q, warp_query);
-    multiply_rows(T(), ds, v_tile, warp_row, stage.d_o, warp_query);
-    probabilities<T, C, kHasMask>(s, ds, p, stage, batch, head, k_begin + warp_row,
-                                  query + warp_query, warp_query);
-    LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
-      LDM_UNROLL for (int n = 0; n < C::kWarpQueries / 8; ++n) {
-        const int row = warp_row + r * 16, column = warp_query + n * 8;
-        store_accumulator(T(), ds_tile, row, column, ds[r][n]);
-        if constexpr (C::kColumnWarps > 1) store_accumulator(T(), p_tile, row, column, s[r][n]);
-      }
-    }
-    if constexpr (C::kColumnWarps > 1) sync_block();
-    accumulate<T, C>(T(), dv, s, p_tile, warp_row, stage.d_o, warp_column);
-    accumulate<T, C>(T(), dk, ds, ds_tile, warp_row, stage.q, warp_column);
-    if (p.dq_mode != kSeparateKernel) {
-      if constexpr (C::kColumnWarps == 1) sync_block();
-      query_gradient<T, C>(T(), p, ds_tile, k_tile, batch, head, query);
-    }
+    meet_queries<T, C, kHasMask>(dk, dv, tile, warp, tile.begin + step);
   }
-
   copy_wait<0>();
   sync_block();
-  LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
-    LDM_UNROLL for (int n = 0; n < C::kWarpColumns / 8; ++n) {
-      LDM_UNROLL for (int e = 0; e < 4; ++e) dk[r][n][e] *= p.scale;
-      store_accumulator(T(), k_tile, warp_row + r * 16, warp_column + n * 8, dk[r][n]);
-      store_accumulator(T(), v_tile, warp_row + r * 16, warp_column + n * 8, dv[r][n]);
-    }
-  }
-  sync_block();
-  store_tile<C::kBlockK, C::kThreads>(rows_of(p.dk, batch, kv_head), k_tile, k_begin, p.k_len,
-                                      p.head_dim);
-  store_tile<C::kBlockK, C::kThreads>(rows_of(p.dv, batch, kv_head), v_tile, k_begin, p.k_len,
-                                      p.head_dim);
-}
-
-// A block per tile of queries: delta of its rows, and zeros in its part of the workspace.
-template <typename T, class C>
-LDM_KERNEL(C::kThreads, 1)
-flash_bwd_prepare_kernel(LDM_PARAMS p) {
-  const int q_tiles = ceil_div(p.q_len, C::kBlockQ);
-  const int64_t head_index = block_index() / q_tiles;
-  const int batch = static_cast<int>(head_index / p.heads);
-  const int head = static_cast<int>(head_index % p.heads);
-  const int begin = static_cast<int>(block_index() % q_tiles) * C::kBlockQ;
-  const int end = min(begin + C::kBlockQ, p.q_len);
-  for (int query = begin + thread_index() / kWarp; query < end; query += C::kWarps) {
-    p.delta[head_index * p.q_len + query] = row_delta<T>(p, batch, head, query);
-  }
-  if (p.dq_mode != kAtomic) return;
-  float* part = p.dq_accum + block_index() * C::kDqFloats;
-  for (int i = thread_index(); i < C::kDqFloats; i += C::kThreads) part[i] = 0.0f;
-}
-
-// A block per tile of queries: dq from the workspace, scaled and rounded.
-template <typename T, class C>
-LDM_KERNEL(C::kThreads, 1)
-flash_bwd_round_kernel(LDM_PARAMS p) {
-  const int q_tiles = ceil_div(p.q_len, C::kBlockQ);
-  const int64_t head_index = block_index() / q_tiles;
-  const int query = static_cast<int>(block_index() % q_tiles) * C::kBlockQ;
-  const Rows dq =
-      rows_of(p.dq, static_cast<int>(head_index / p.heads), static_cast<int>(head_index % p.heads));
-  const DqShare<C> share;
-  const float* source = share.workspace(p, block_index());
-  LDM_UNROLL for (int n = 0; n < C::kDqColumns / 8; ++n) {
-    float x[4];
-    LDM_UNROLL for (int e = 0; e < 4; ++e) x[e] = source[(n * 4 + e) * kWarp];
-    share.store(T(), dq, query, n, x, p);
-  }
+  store_keys<T, C>(dk, dv, tile, warp);
 }
 
 }  // namespace ldm

@@ -47,11 +47,16 @@ struct BwdRow {
   int dq_stages;
 };
 constexpr BwdRow kBwd[] = {
-    {16, 4, 1, 2, 32, 2, 64, 2},  {32, 4, 1, 2, 32, 2, 64, 2},  {40, 4, 1, 2, 32, 2, 64, 2},
-    {48, 8, 1, 1, 64, 2, 64, 2},  {64, 8, 1, 1, 32, 2, 64, 2},  {80, 8, 1, 1, 32, 2, 64, 2},
+    {16, 4, 1, 2, 32, 2, 64, 2},  {32, 4, 1, 2, 32, 2, 64, 2},  {40, 8, 1, 1, 64, 2, 64, 2},
+    {48, 8, 1, 1, 64, 2, 64, 2},  {64, 4, 2, 2, 32, 2, 64, 2},  {80, 8, 1, 1, 32, 2, 64, 2},
     {96, 8, 1, 1, 32, 2, 64, 2},  {112, 8, 1, 1, 16, 2, 32, 2}, {128, 4, 2, 1, 32, 2, 32, 2},
     {160, 4, 2, 1, 32, 2, 32, 2}, {192, 4, 2, 1, 32, 1, 32, 2}, {256, 2, 2, 1, 32, 1, 16, 1},
 };
+
+// Up to this many tiles of keys, the backward takes them in turn rather than at once with atomics.
+constexpr int kTurns = 2;
+// A block that shares the queries of a head with others has at least this many steps to do.
+constexpr int kSplitSteps = 4;
 
 template <typename Row, int kRows>
 constexpr Row row_for(const Row (&table)[kRows], int head_dim) {
@@ -95,6 +100,7 @@ struct BwdTiles {
   static constexpr int kDqRowWarps = kBlockQ / 16 < kWarps ? kBlockQ / 16 : kWarps;
   static constexpr int kDqColumns = ceil_div(kPadded / 16, kWarps / kDqRowWarps) * 16;
   static constexpr int kDqFloats = kWarps * 16 * kDqColumns;     // of one query tile
+  static constexpr int kDkvFloats = 2 * kBlockK * kPadded;       // of one block's dK and dV
   static constexpr int kStageBytes = 2 * kBlockQ * kPadded * 2;  // Q, dO
   static constexpr int kScoreBytes = kBlockK * kBlockQ * 2;      // dS; P where warps share it
   static constexpr int kSharedBytes = 2 * kBlockK * kPadded * 2 + kStages * kStageBytes +
