@@ -148,6 +148,8 @@ def compile_launch(
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[index,] = [["tt.divisibility", 16]]
+        elif kernel.params[index].do_not_specialize:
+            signature[name] = "i32"
         elif kernel.params[index].is_constexpr or value is None or value == 1:
             signature[name] = "constexpr"
             constants[index,] = value
