@@ -19,7 +19,6 @@ from ldm4ts_kernels.requirements import (
     Call,
     Requires,
     capability,
-    constant,
 )
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -69,18 +68,8 @@ def _declines_int8(call: Call) -> str | None:
     return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90: ask for it by name"
 
 
-@constant
-def _native_load_error() -> str | None:
-    return native.load_error()
-
-
-@constant
-def _native_device_error(index: int) -> str | None:
-    return native.device_error(index)
-
-
 def _native_device(call: Call) -> str | None:
-    return _native_device_error(call.device.index or 0)
+    return native.device_error(call.device.index or 0)
 
 
 def _default_stream(call: Call) -> str | None:
@@ -198,7 +187,7 @@ def _sdpa(arguments: Arguments) -> Result:
 NATIVE = Backend(
     "native",
     Requires(
-        loads=_native_load_error,
+        loads=native.load_error,
         device="cuda",
         capability=(8, 0),
         dtypes=HALF,
