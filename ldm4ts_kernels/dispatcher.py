@@ -69,6 +69,7 @@ def _member(policy: Policy) -> Any:
     value = f"ldm4ts:{policy.precision}:{policy.backend}"
     member = str.__new__(AttentionBackendName, value)
     member._name_ = member._value_ = value
+    member.__reduce_ex__ = lambda protocol: (_member, (policy,))  # or a load would ask the enum
     register(member)(_dispatched(policy))
     return member
 

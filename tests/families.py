@@ -1,6 +1,6 @@
 """The model families that `accelerate_attention` plugs: one tiny model of each, and a call of it.
 
-docs/integrations.md shows this table; tests/test_families.py holds each cell to it.
+tests/test_families.py runs each through what training and deployment do with a model.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,25 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model with random weights, and how to run it; `call` returns its main output."""
+    """A tiny model with random weights, and how to run it; `call` returns its main output.
+
+    `without` names what the model cannot do by itself either.
+    """
 
     name: str
     build: Callable[[], nn.Module]
     call: Callable[[nn.Module], Tensor]
     layers: int
+    without: tuple[str, ...] = ()
 
 
 def unet() -> nn.Module:
     return diffusers.UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
         cross_attention_dim=16,
         attention_head_dim=2,
         norm_num_groups=8,
@@ -43,9 +47,9 @@ def call_unet(model: nn.Module) -> Tensor:
 
 def autoencoder() -> nn.Module:
     return diffusers.AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
         norm_num_groups=8,
     )
 
@@ -189,7 +193,13 @@ def vit() -> nn.Module:
 
 FAMILIES = (
     Family("UNet2DConditionModel", unet, call_unet, 8),
-    Family("AutoencoderKL", autoencoder, lambda model: model(random(1, 3, 8, 8)).sample, 2),
+    Family(
+        "AutoencoderKL",
+        autoencoder,
+        lambda model: model(random(1, 3, 4, 4)).sample,
+        2,
+        without=("compile",),  # torch's group norm on the CPU wants another layout than it gets
+    ),
     Family("SD3Transformer2DModel", sd3, call_sd3, 3),
     Family("FluxTransformer2DModel", flux, call_flux, 2),
     Family("WanTransformer3DModel", wan, call_wan, 4),
@@ -211,11 +221,12 @@ def build(family: Family) -> nn.Module:
 
 
 def run(family: Family, model: nn.Module) -> list[Tensor]:
-    """Return the output, and the gradient of every parameter that has one, by name."""
+    """Return the output, and the gradient of every parameter, 0 for one that is not used."""
     model.zero_grad()
     out = family.call(model)
     out.square().mean().backward()
-    return [out, *(p.grad for p in model.parameters() if p.grad is not None)]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return [out, *grads]
 
 
 def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:

@@ -1,4 +1,7 @@
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,3 +270,26 @@ def test_what_an_encoder_asks_beyond_attention_is_refused():
     states = families.random(1, 3, 16)
     with pytest.raises(NotImplementedError, match="softcap"):
         layer(states, None, softcap=30.0)
+
+
+def test_a_plugged_diffusers_model_can_be_pickled_whole_and_runs_in_another_process(tmp_path):
+    for family in (UNET, FLUX):
+        model = build(family)
+        accelerate_attention(model)
+        expected = run(family, model)[0]
+        torch.save((model, expected), tmp_path / f"{family.name}.pt")
+    code = f"""
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from tests.families import FAMILIES
+for family in FAMILIES:
+    if (file := Path({str(tmp_path)!r}, f"{{family.name}}.pt")).exists():
+        model, expected = torch.load(file, weights_only=False)
+        torch.testing.assert_close(family.call(model), expected)
+        print("ran")
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["ran"] * 2, done.stderr
