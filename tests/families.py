@@ -186,8 +186,7 @@ def vit() -> nn.Module:
             intermediate_size=16,
             image_size=8,
             patch_size=2,
-        ),
-        add_pooling_layer=False,
+        )
     )
 
 
