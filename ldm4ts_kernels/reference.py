@@ -127,7 +127,8 @@ def quantised_attention(
         scale=scale,
     )
     mean = mean.to(query.dtype).repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return out, lse + scale * (query * mean).sum(-1)
+    shift = scale * (query * mean).sum(-1)
+    return out, lse + shift.masked_fill(lse == -math.inf, 0.0)  # a row that sees no key has none
 
 
 def quantise(
