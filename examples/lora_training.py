@@ -31,7 +31,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args().steps
-    torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "block_out_channels": (32,)}
     blocks |= {"up_block_types": ("CrossAttnUpBlock2D",), "cross_attention_dim": 32}

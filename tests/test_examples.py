@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 
@@ -13,6 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(name, monkeypatch, caplog, *arguments):
     """Run an example as a script, and return what it logs."""
+    torch.manual_seed(0)
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     with caplog.at_level(logging.INFO):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
