@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm4ts_kernels.context_parallel import can_share, shared_attention
 from ldm4ts_kernels.plugged_layer import PluggedLayer, Policy
 
 _running = threading.local()  # .layer: the plugged layer whose forward pass this thread is in
@@ -67,10 +68,10 @@ def _member(policy: Policy) -> Any:
             f" did, so models like Flux cannot be plugged: {error}"
         ) from error
     value = f"ldm4ts:{policy.precision}:{policy.backend}"
-    member = str.__new__(AttentionBackendName, value)
+    member: Any = str.__new__(AttentionBackendName, value)
     member._name_ = member._value_ = value
     member.__reduce_ex__ = lambda protocol: (_member, (policy,))  # or a load would ask the enum
-    register(member)(_dispatched(policy))
+    register(member, supports_context_parallel=can_share(policy))(_dispatched(policy))
     return member
 
 
@@ -95,10 +96,14 @@ def _dispatched(policy: Policy) -> Any:
             window_size=window_size,
             softcap=softcap,
             return_attn_probs=return_attn_probs,
-            _parallel_config=_parallel_config,
         )
         if attn_mask is not None:
             attn_mask = _as_mask(attn_mask, query, key)
+        if _parallel_config is not None:
+            rest = (attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
+            return shared_attention(
+                policy, query, key, value, *rest, parallel_config=_parallel_config
+            )
         options: dict[str, Any] = {
             "dropout_p": dropout_p,
             "is_causal": is_causal,

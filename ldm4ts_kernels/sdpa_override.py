@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm4ts_kernels.backends import NATIVE, TRITON
-from ldm4ts_kernels.requirements import Call, import_error
+from ldm4ts_kernels import operators
+from ldm4ts_kernels.requirements import import_error
 
 NAME = "LDM4TS"
-OPERATORS = {  # by dispatch key
+REPLACED = {  # by dispatch key
     "CUDA": "_scaled_dot_product_flash_attention",
     "CPU": "_scaled_dot_product_flash_attention_for_cpu",
 }
@@ -67,7 +67,7 @@ class _Override:
     def __init__(self) -> None:
         self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
         for key in _keys():
-            operator = OPERATORS[key]
+            operator = REPLACED[key]
             self._replace(operator, key, _forward)
             self._replace(f"{operator}_backward", key, _backward)
 
@@ -114,12 +114,7 @@ def _forward(
         rest = (dropout_p, is_causal, return_debug_mask)
         return own.call_boxed(keys, query, key, value, *rest, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    operators = torch.ops.ldm4ts_kernels
-    if server == "native":
-        out, lse = operators.flash_forward.default(query, key, value, None, is_causal, scale)
-    else:
-        options = _triton_options(scale, is_causal)
-        out, lse = operators.triton_flash_forward.default(query, key, value, *options)
+    out, lse = operators.forward(server, query, key, value, is_causal, scale)
     if on_cpu:
         return out, lse
     seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
@@ -148,21 +143,7 @@ def _backward(
         mask = {"attn_mask": attn_mask} if on_cpu else {}
         return own.call_boxed(keys, dout, query, key, value, out, lse, *rest, **mask, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    if server == "native":
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return torch.ops.ldm4ts_kernels.flash_backward.default(
-            dout, query, key, value, out, lse, None, None, is_causal, scale, deterministic
-        )
-    options = _triton_options(scale, is_causal)
-    return torch.ops.ldm4ts_kernels.triton_flash_backward.default(
-        dout, None, query, key, value, out, lse, *options, False
-    )[:3]
-
-
-def _triton_options(scale: float, is_causal: bool) -> tuple[Any, ...]:
-    # attn_mask, seed, scale, dropout_p, softcap, left, right, bottom_right
-    return None, None, scale, 0.0, None, None, 0 if is_causal else None, False
+    return operators.backward(server, dout, query, key, value, out, lse, is_causal, scale)
 
 
 def _server(
@@ -177,30 +158,8 @@ def _server(
     """Return who serves a call; the backward pass of a call gets the answer of its forward."""
     if dropout_p or attn_mask is not None or return_debug_mask:
         return _announced("torch")
-    call = Call(
-        device=query.device,
-        dtype=query.dtype,
-        batch=query.shape[0],
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        query_length=query.shape[2],
-        key_length=key.shape[2],
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
-        mask=None,
-        dropout=False,
-        is_causal=is_causal,
-        needs_grad=True,
-        return_lse=True,
-        unit_stride=query.stride(3) == key.stride(3) == value.stride(3) == 1,
-        default_stream=False,
-    )
-    return _announced(_able(call))
-
-
-@functools.lru_cache(maxsize=4096)
-def _able(call: Call) -> str:
-    return next((row.name for row in (NATIVE, TRITON) if not row.requires.unmet(call)), "torch")
+    call = operators.describe(query, key, value, is_causal)
+    return _announced(operators.find_server(call) or "torch")
 
 
 @functools.cache

@@ -1,0 +1,90 @@
+"""The kernels' forward and backward operators, for whoever drives the gradient itself.
+
+`attention_fn` is the door for everybody else. These run below autograd: forward gives the output
+and the natural-log LSE, and backward takes any LSE, so that the keys may come in parts.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm4ts_kernels.backends import NATIVE, TRITON
+from ldm4ts_kernels.requirements import Call
+
+SERVERS = {row.name: row for row in (NATIVE, TRITON)}
+
+
+def describe(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Call:
+    """Describe a call of (B, H, N, D) tensors that wants an LSE and gradients."""
+    return Call(
+        device=query.device,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        query_length=query.shape[2],
+        key_length=key.shape[2],
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        mask=None,
+        dropout=False,
+        is_causal=is_causal,
+        needs_grad=True,
+        return_lse=True,
+        unit_stride=query.stride(3) == key.stride(3) == value.stride(3) == 1,
+        default_stream=False,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def find_server(call: Call) -> str | None:
+    """Return which of `native` and `triton`, in this order, can serve a call; None if neither."""
+    return next((name for name, row in SERVERS.items() if not row.requires.unmet(call)), None)
+
+
+def forward(
+    server: str,
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, G, K, D)
+    value: Tensor,  # (B, G, K, D)
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # (B, H, Q, D), (B, H, Q)
+    """Compute softmax(scale * query @ keyᵀ) @ value, and the LSE of the scores."""
+    if server == "native":
+        return torch.ops.ldm4ts_kernels.flash_forward.default(
+            query, key, value, None, is_causal, scale
+        )
+    return torch.ops.ldm4ts_kernels.triton_flash_forward.default(
+        query, key, value, *_triton_options(scale, is_causal)
+    )
+
+
+def backward(
+    server: str,
+    dout: Tensor,  # (B, H, Q, D)
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, G, K, D)
+    value: Tensor,  # (B, G, K, D)
+    out: Tensor,  # (B, H, Q, D)
+    lse: Tensor,  # (B, H, Q)
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # the shapes of query, key and value
+    """Compute the gradients of `forward`, with the weights exp(scores - lse)."""
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    if server == "native":
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return torch.ops.ldm4ts_kernels.flash_backward.default(
+            dout, query, key, value, out, lse, None, None, is_causal, scale, deterministic
+        )
+    return torch.ops.ldm4ts_kernels.triton_flash_backward.default(
+        dout, None, query, key, value, out, lse, *_triton_options(scale, is_causal), False
+    )[:3]
+
+
+def _triton_options(scale: float, is_causal: bool) -> tuple[Any, ...]:
+    # attn_mask, seed, scale, dropout_p, softcap, left, right, bottom_right
+    return None, None, scale, 0.0, None, None, 0 if is_causal else None, False
