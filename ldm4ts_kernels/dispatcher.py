@@ -112,8 +112,9 @@ def _dispatched(policy: Policy) -> Any:
             "return_lse": return_lse,
         }
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        if not torch.compiler.is_compiling():
-            _running.layer.record(query, key, value, attn_mask, **options)
+        layer = None if torch.compiler.is_compiling() else getattr(_running, "layer", None)
+        if layer is not None:  # None where a processor is called without its module
+            layer.record(query, key, value, attn_mask, **options)
         result = policy.attend(query, key, value, attn_mask, **options)
         if return_lse:
             return result[0].transpose(1, 2), result[1]

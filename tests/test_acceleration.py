@@ -34,7 +34,7 @@ def state(model):
 
 
 def pipeline():
-    scheduler = diffusers.DDIMScheduler(num_train_timesteps=10, clip_sample=False)
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=10, clip_sample=False, steps_offset=1)
     return diffusers.StableDiffusionPipeline(
         vae=families.autoencoder(),
         text_encoder=families.clip(),
