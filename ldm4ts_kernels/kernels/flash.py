@@ -40,20 +40,20 @@ def _forward(
     seed: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    if _needs_float32(query):
+    if needs_float32(query):
         mask = (
-            attn_mask.float() if attn_mask is not None and _needs_float32(attn_mask) else attn_mask
+            attn_mask.float() if attn_mask is not None and needs_float32(attn_mask) else attn_mask
         )
         out, lse = _forward(query.float(), key.float(), value.float(), mask, seed, *options)
         return out.to(query.dtype), lse
     out, lse = _fake_forward(query, key, value, attn_mask, seed, *options)
-    problem = _problem(query, key, attn_mask, *options)
-    flash_forward(problem, query, key, value, _expanded(attn_mask, query, key), seed, out, lse)
+    problem = problem_of(query, key, attn_mask, *options)
+    flash_forward(problem, query, key, value, expanded(attn_mask, query, key), seed, out, lse)
     return out, lse
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _backward(
@@ -68,24 +68,24 @@ def _backward(
     seed: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _needs_float32(query):
+    if needs_float32(query):
         mask = (
-            attn_mask.float() if attn_mask is not None and _needs_float32(attn_mask) else attn_mask
+            attn_mask.float() if attn_mask is not None and needs_float32(attn_mask) else attn_mask
         )
         tensors = (tensor.float() for tensor in (query, key, value, out))
         grads = _backward(dout.float(), dlse, *tensors, lse, mask, seed, *options)
         return tuple(grad.to(query.dtype) for grad in grads)
     *options, mask_gradient = options
-    dq, dk, dv = (_empty_like(tensor) for tensor in (query, key, value))
+    dq, dk, dv = (empty_like(tensor) for tensor in (query, key, value))
     dmask = None
     if mask_gradient:  # the scores' gradient, summed to the mask's shape below
         dmask = torch.zeros((*query.shape[:3], key.shape[2]), device=query.device)
     flash_backward(
-        _problem(query, key, attn_mask, *options),
+        problem_of(query, key, attn_mask, *options),
         query,
         key,
         value,
-        _expanded(attn_mask, query, key),
+        expanded(attn_mask, query, key),
         seed,
         out,
         lse,
@@ -114,7 +114,7 @@ def _fake_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dmask = torch.empty_like(attn_mask) if options[-1] else query.new_empty(0)
-    return _empty_like(query), _empty_like(key), _empty_like(value), dmask
+    return empty_like(query), empty_like(key), empty_like(value), dmask
 
 
 for _device in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
@@ -129,12 +129,12 @@ register_attention_flops(
 )
 
 
-def _needs_float32(tensor: Tensor) -> bool:
+def needs_float32(tensor: Tensor) -> bool:
     # Triton's interpreter multiplies the bits of bfloat16, not its values.
     return INTERPRET and tensor.dtype == torch.bfloat16
 
 
-def _empty_like(tensor: Tensor) -> Tensor:  # (B, H, N, D)
+def empty_like(tensor: Tensor) -> Tensor:  # (B, H, N, D)
     """Allocate in the order of heads and rows that the tensor has, without gaps."""
     batch, heads, rows, width = tensor.shape
     if tensor.stride(1) < tensor.stride(2):
@@ -142,7 +142,7 @@ def _empty_like(tensor: Tensor) -> Tensor:  # (B, H, N, D)
     return tensor.new_empty(batch, heads, rows, width)
 
 
-def _expanded(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+def expanded(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     if attn_mask is None:
         return None
     mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
@@ -154,7 +154,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _problem(
+def problem_of(
     query: Tensor,
     key: Tensor,
     attn_mask: Tensor | None,

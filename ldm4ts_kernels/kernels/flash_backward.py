@@ -18,6 +18,7 @@ from ldm4ts_kernels.kernels.primitives import (
     INFINITY,
     LOG2_E,
     accumulate,
+    aligned,
     contract,
     keep_weights,
     load_parts,
@@ -27,7 +28,7 @@ from ldm4ts_kernels.kernels.primitives import (
     store_parts,
     zero_parts,
 )
-from ldm4ts_kernels.kernels.problem import Problem
+from ldm4ts_kernels.kernels.problem import Problem, common_step
 
 
 @triton.jit
@@ -35,14 +36,15 @@ def _delta_kernel(
     o_ptr, do_ptr, dlse_ptr, delta_ptr, stride_ob, stride_oh, stride_on,
     stride_dob, stride_doh, stride_don, H, Q,
     D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, HAS_DLSE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    STEP: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Q, BLOCK_Q)
     first_row = (tl.program_id(0) % blocks) * BLOCK_Q
     head_index = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = head_index // H, head_index % H
-    o_ptr += batch * stride_ob + head * stride_oh
-    do_ptr += batch * stride_dob + head * stride_doh
+    o_ptr += batch * aligned(stride_ob, STEP) + head * aligned(stride_oh, STEP)
+    do_ptr += batch * aligned(stride_dob, STEP) + head * aligned(stride_doh, STEP)
+    stride_on, stride_don = aligned(stride_on, STEP), aligned(stride_don, STEP)
     rows = first_row + tl.arange(0, BLOCK_Q)
     o = load_parts(o_ptr, first_row, stride_on, Q, BLOCK_Q, PART_0, PART_1, D, True)
     do = load_parts(do_ptr, first_row, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, True)
@@ -53,7 +55,7 @@ def _delta_kernel(
 
 
 @triton.jit
-def _load_lse(lse_ptr, rows, Q):
+def load_lse(lse_ptr, rows, Q):
     """Load LSE rows in units of log 2; +inf, which makes P zero, for rows that see no key."""
     lse = tl.load(lse_ptr + rows, mask=rows < Q, other=-INFINITY)
     return tl.where(lse == -INFINITY, INFINITY, lse * LOG2_E)
@@ -96,7 +98,7 @@ def _flash_dkdv_kernel(
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
     SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     ONE_BLOCK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DMASK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dK and dV of one block of keys over the queries of one split; with ONE_BLOCK also dQ."""
     blocks = tl.cdiv(K, BLOCK_K)
@@ -105,8 +107,15 @@ def _flash_dkdv_kernel(
     batch = (tl.program_id(0) // blocks // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(0) // blocks % kv_heads).to(tl.int64)
     split = tl.program_id(1)
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
+    k_ptr += batch * aligned(stride_kb, STEP) + kv_head * aligned(stride_kh, STEP)
+    v_ptr += batch * aligned(stride_vb, STEP) + kv_head * aligned(stride_vh, STEP)
+    q_ptr += batch * aligned(stride_qb, STEP)
+    o_ptr += batch * aligned(stride_ob, STEP)
+    do_ptr += batch * aligned(stride_dob, STEP)
+    stride_qh, stride_qn = aligned(stride_qh, STEP), aligned(stride_qn, STEP)
+    stride_oh, stride_on = aligned(stride_oh, STEP), aligned(stride_on, STEP)
+    stride_doh, stride_don = aligned(stride_doh, STEP), aligned(stride_don, STEP)
+    stride_kn, stride_vn = aligned(stride_kn, STEP), aligned(stride_vn, STEP)
     dk_ptr += split.to(tl.int64) * stride_dks + batch * stride_dkb + kv_head * stride_dkh
     dv_ptr += split.to(tl.int64) * stride_dvs + batch * stride_dvb + kv_head * stride_dvh
 
@@ -131,16 +140,16 @@ def _flash_dkdv_kernel(
         for start in range(low, high, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
             q = load_parts(
-                q_ptr + batch * stride_qb + head * stride_qh, start, stride_qn, Q,
+                q_ptr + head * stride_qh, start, stride_qn, Q,
                 BLOCK_Q, PART_0, PART_1, D, True,
             )  # fmt: skip
             do = load_parts(
-                do_ptr + batch * stride_dob + head * stride_doh, start, stride_don, Q,
+                do_ptr + head * stride_doh, start, stride_don, Q,
                 BLOCK_Q, PART_0, PART_1, D, True,
             )  # fmt: skip
             if ONE_BLOCK:
                 o = load_parts(
-                    o_ptr + batch * stride_ob + head * stride_oh, start, stride_on, Q,
+                    o_ptr + head * stride_oh, start, stride_on, Q,
                     BLOCK_Q, PART_0, PART_1, D, True,
                 )  # fmt: skip
                 delta = row_dot(o, do, PART_1)
@@ -150,7 +159,7 @@ def _flash_dkdv_kernel(
                 delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
             p, ds, capped = _weights_and_score_gradient(
                 contract(k, q, PART_1, PRECISION), contract(v, do, PART_1, PRECISION),
-                _load_lse(lse_ptr + head_index * Q, rows, Q)[None, :], delta[None, :],
+                load_lse(lse_ptr + head_index * Q, rows, Q)[None, :], delta[None, :],
                 rows[None, :], columns, head_index,
                 mask_head_ptr, stride_mq, stride_mk, seed_ptr,
                 Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
@@ -192,24 +201,26 @@ def _flash_dq_kernel(
     D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
     SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_DMASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DMASK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dQ of one block of queries over the keys that they attend."""
     blocks = tl.cdiv(Q, BLOCK_Q)
     first_row = (tl.program_id(0) % blocks) * BLOCK_Q
     head_index = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = head_index // H, head_index % H
-    k_ptr += batch * stride_kb + (head // groups) * stride_kh
-    v_ptr += batch * stride_vb + (head // groups) * stride_vh
-    q_ptr += batch * stride_qb + head * stride_qh
-    do_ptr += batch * stride_dob + head * stride_doh
+    k_ptr += batch * aligned(stride_kb, STEP) + (head // groups) * aligned(stride_kh, STEP)
+    v_ptr += batch * aligned(stride_vb, STEP) + (head // groups) * aligned(stride_vh, STEP)
+    q_ptr += batch * aligned(stride_qb, STEP) + head * aligned(stride_qh, STEP)
+    do_ptr += batch * aligned(stride_dob, STEP) + head * aligned(stride_doh, STEP)
+    stride_kn, stride_vn = aligned(stride_kn, STEP), aligned(stride_vn, STEP)
+    stride_qn, stride_don = aligned(stride_qn, STEP), aligned(stride_don, STEP)
     if MASK > 0:
         mask_ptr += batch * stride_mb + head * stride_mh
 
     rows = first_row + tl.arange(0, BLOCK_Q)
     q = load_parts(q_ptr, first_row, stride_qn, Q, BLOCK_Q, PART_0, PART_1, D, True)
     do = load_parts(do_ptr, first_row, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, True)
-    lse = _load_lse(lse_ptr + head_index * Q, rows, Q)[:, None]
+    lse = load_lse(lse_ptr + head_index * Q, rows, Q)[:, None]
     delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)[:, None]
     dq = zero_parts(BLOCK_Q, PART_0, PART_1)
     low, whole, high = key_range(
@@ -261,14 +272,15 @@ def flash_backward(
     """Launch the backward kernels into `dq`, `dk`, `dv` and, where given, `dmask`."""
     one_block = problem.one_block
     mask_strides = attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)
-    flags = problem.flags()
+    read = (query, key, value, out, dout)
+    flags = {**problem.flags(), "STEP": common_step(*(tensor.stride()[:3] for tensor in read))}
     delta = None
     if not one_block:
         delta = torch.empty_like(lse)
-        _launch_delta(problem, out, dout, dlse, delta)
+        launch_delta(problem, out, dout, dlse, delta)
     config = problem.config("one_block" if one_block else "key_gradient")
     heads = problem.batch * problem.kv_heads
-    splits, rows_a_split = _split_queries(problem, config.block_q, config.block_k)
+    splits, rows_a_split = split_queries(problem, config.block_q, config.block_k)
     dk_parts, dv_parts = dk[None], dv[None]
     if splits > 1:
         dk_parts, dv_parts = torch.empty(
@@ -301,7 +313,7 @@ def flash_backward(
     )  # fmt: skip
 
 
-def _launch_delta(
+def launch_delta(
     problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor
 ) -> None:
     flags = problem.flags()
@@ -310,11 +322,12 @@ def _launch_delta(
         out, dout, dlse, delta, *out.stride()[:3], *dout.stride()[:3],
         problem.heads, problem.query_length,
         D=flags["D"], PART_0=flags["PART_0"], PART_1=flags["PART_1"],
+        STEP=common_step(out.stride()[:3], dout.stride()[:3]),
         HAS_DLSE=dlse is not None, BLOCK_Q=64, num_warps=4,
     )  # fmt: skip
 
 
-def _split_queries(problem: Problem, block_q: int, block_k: int) -> tuple[int, int]:
+def split_queries(problem: Problem, block_q: int, block_k: int) -> tuple[int, int]:
     """Return into how many parts, of how many rows, a key block's queries are split to fill a GPU.
 
     Short keys make few programs (77 keys and 32 heads: 32 on 132 multiprocessors); each split then

@@ -14,6 +14,7 @@ from ldm4ts_kernels.kernels.primitives import (
     INFINITY,
     LN_2,
     accumulate,
+    aligned,
     contract,
     keep_weights,
     load_parts,
@@ -22,7 +23,7 @@ from ldm4ts_kernels.kernels.primitives import (
     store_parts,
     zero_parts,
 )
-from ldm4ts_kernels.kernels.problem import Problem
+from ldm4ts_kernels.kernels.problem import Problem, common_step
 
 
 @triton.jit
@@ -54,16 +55,18 @@ def _flash_fwd_kernel(
     D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HAS_CAP: tl.constexpr, SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Q, BLOCK_Q)
     first_row = (tl.program_id(0) % blocks) * BLOCK_Q
     head_index = tl.program_id(0) // blocks  # of B · H
     batch, head = (head_index // H).to(tl.int64), (head_index % H).to(tl.int64)
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + (head // groups) * stride_kh
-    v_ptr += batch * stride_vb + (head // groups) * stride_vh
-    o_ptr += batch * stride_ob + head * stride_oh
+    q_ptr += batch * aligned(stride_qb, STEP) + head * aligned(stride_qh, STEP)
+    k_ptr += batch * aligned(stride_kb, STEP) + (head // groups) * aligned(stride_kh, STEP)
+    v_ptr += batch * aligned(stride_vb, STEP) + (head // groups) * aligned(stride_vh, STEP)
+    o_ptr += batch * aligned(stride_ob, STEP) + head * aligned(stride_oh, STEP)
+    stride_qn, stride_kn = aligned(stride_qn, STEP), aligned(stride_kn, STEP)
+    stride_vn, stride_on = aligned(stride_vn, STEP), aligned(stride_on, STEP)
     if MASK > 0:
         mask_ptr += batch * stride_mb + head * stride_mh
 
@@ -137,5 +140,6 @@ def flash_forward(
         **problem.flags(),
         BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
         ONE_BLOCK=problem.key_length <= config.block_k,
+        STEP=common_step(*(tensor.stride()[:3] for tensor in (query, key, value, out))),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ldm4ts_kernels.kernels.flash import (
     INTERPRET,
-    _empty_like,
-    _expanded,
-    _needs_float32,
-    _problem,
+    empty_like,
+    expanded,
+    needs_float32,
+    problem_of,
 )
 from ldm4ts_kernels.kernels.int8_backward import int8_backward
 from ldm4ts_kernels.kernels.int8_forward import int8_forward
@@ -39,7 +39,7 @@ _LIBRARY.define(
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    if _needs_float32(query):
+    if needs_float32(query):
         tensors = (tensor.float() for tensor in (query, key, value))
         out, *rest = _forward(*tensors, _as_float32(attn_mask), *options)
         return out.to(query.dtype), *rest
@@ -47,19 +47,19 @@ def _forward(
     problem = _int8_problem(query, key, attn_mask, *options)
     quantised = Quantised(*rest)
     quantise(problem, query, key, quantised, lse_shift)
-    int8_forward(problem, quantised, value, _expanded(attn_mask, query, key), out, lse)
+    int8_forward(problem, quantised, value, expanded(attn_mask, query, key), out, lse)
     return out, lse, lse_shift, *quantised
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
     lse, lse_shift = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
-    return _empty_like(query), lse, lse_shift, *empty_quantised(query, key)
+    return empty_like(query), lse, lse_shift, *empty_quantised(query, key)
 
 
 def _backward(dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *quantised, value, out, lse, attn_mask, scale, left, right, bottom_right = arguments
     options = (scale, left, right, bottom_right)
-    if _needs_float32(value):
+    if needs_float32(value):
         tensors = (value.float(), out.float(), lse, _as_float32(attn_mask))
         grads = _backward(dout.float(), dlse, *quantised, *tensors, *options)
         return tuple(grad.to(value.dtype) for grad in grads)
@@ -68,7 +68,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tenso
         _int8_problem(out, value, attn_mask, *options),
         Quantised(*quantised),
         value,
-        _expanded(attn_mask, out, value),
+        expanded(attn_mask, out, value),
         out,
         lse,
         dout if dout.stride(3) == 1 else dout.contiguous(),
@@ -82,7 +82,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tenso
 
 def _fake_backward(dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     value, out = arguments[len(Quantised._fields) :][:2]
-    return _empty_like(out), _empty_like(value), _empty_like(value)
+    return empty_like(out), empty_like(value), empty_like(value)
 
 
 for _device in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
@@ -106,7 +106,7 @@ def _int8_problem(
     *band: Any,
 ) -> Problem:
     dropout_p, softcap = 0.0, None
-    return _problem(query, key, attn_mask, scale, dropout_p, softcap, *band)
+    return problem_of(query, key, attn_mask, scale, dropout_p, softcap, *band)
 
 
 class _Int8Attention(torch.autograd.Function):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldm4ts_kernels.kernels.flash_backward import _launch_delta, _load_lse, _split_queries
+from ldm4ts_kernels.kernels.flash_backward import launch_delta, load_lse, split_queries
 from ldm4ts_kernels.kernels.flash_forward import key_range
 from ldm4ts_kernels.kernels.int8_forward import int8_flags
 from ldm4ts_kernels.kernels.primitives import (
@@ -115,7 +115,7 @@ def _int8_dkdv_kernel(
             delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
             p, ds = _weights_and_score_gradient(
                 contract(k, q, QK_1, PRECISION), contract(v, do, PART_1, PRECISION),
-                _load_lse(lse_ptr + head_index * Q, rows, Q)[None, :], delta[None, :],
+                load_lse(lse_ptr + head_index * Q, rows, Q)[None, :], delta[None, :],
                 rows[None, :], columns, mask_head_ptr, stride_mq, stride_mk, Q, K,
                 k_scale * q_scale, diagonal, left, right,
                 MASK, HAS_LEFT, HAS_RIGHT, HAS_LEFT or HAS_RIGHT,
@@ -176,7 +176,7 @@ def _int8_dq_kernel(
     q_scale_ptr += head_index * tl.cdiv(Q, QUANT_ROWS)
     q_scale = scale * tl.load(q_scale_ptr + rows // QUANT_ROWS, mask=rows < Q, other=0.0)
     do = load_parts(do_ptr, first_row, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, True)
-    lse = _load_lse(lse_ptr + head_index * Q, rows, Q)[:, None]
+    lse = load_lse(lse_ptr + head_index * Q, rows, Q)[:, None]
     delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)[:, None]
     dq = zero_parts(BLOCK_Q, QK_0, QK_1)
     low, whole, high = key_range(
@@ -225,9 +225,9 @@ def int8_backward(
     flags = int8_flags(problem)
     flags["STEP"] = common_step(value.stride()[:3], dout.stride()[:3])
     delta = torch.empty_like(lse)
-    _launch_delta(problem, out, dout, dlse, delta)
+    launch_delta(problem, out, dout, dlse, delta)
     config = problem.config("int8_key_gradient")
-    splits, rows_a_split = _split_queries(problem, config.block_q, config.block_k)
+    splits, rows_a_split = split_queries(problem, config.block_q, config.block_k)
     dk_parts, dv_parts = dk[None], dv[None]
     if splits > 1:
         dk_parts, dv_parts = torch.empty(
