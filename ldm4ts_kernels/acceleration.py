@@ -4,50 +4,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from ldm4ts_kernels.backends import CHAINS
+from ldm4ts_kernels.layer_report import Report, ReportRow
 from ldm4ts_kernels.plugged_layer import PluggedLayer, Policy
 from ldm4ts_kernels.plugs import Installed, Plug, Unplugged, find_layers
 
 Precisions = Mapping[str, str | None] | Callable[[str, nn.Module], str | None]
-
-
-class ReportRow(NamedTuple):
-    """A line of `AcceleratedAttention.report()`. A layer that is not plugged has no policy."""
-
-    layer: str
-    policy: Policy | None
-    shape: tuple[int, ...] | None  # (B, H, Q, K, D) of the last eager call
-    served_by: str | None
-    reasons: Mapping[str, tuple[str, ...]]  # of the backends before it; or, under "", its own
-
-
-class Report(tuple[ReportRow, ...]):
-    """The rows of a report; `str` and `print` lay them out as a table."""
-
-    def __str__(self) -> str:
-        cells = [("layer", "precision", "(B, H, Q, K, D)", "served by", "because")]
-        for row in self:
-            cells.append(
-                (
-                    row.layer,
-                    row.policy.precision if row.policy else "-",
-                    str(row.shape) if row.shape else "-",
-                    row.served_by or ("no eager call yet" if row.policy else "not plugged"),
-                    "; ".join(
-                        f"{name}: {', '.join(reasons)}" if name else ", ".join(reasons)
-                        for name, reasons in row.reasons.items()
-                    ),
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in cells
-        )
 
 
 class AcceleratedAttention:
@@ -65,7 +31,7 @@ class AcceleratedAttention:
         """
         return Report(
             [
-                *(_row(layer) for layer in self.layers),
+                *(ReportRow.of(layer) for layer in self.layers),
                 *(
                     ReportRow(item.name, None, None, None, {"": (item.reason,)})
                     for item in self.unplugged
@@ -173,17 +139,6 @@ def accelerate_attention(
         AcceleratedAttention(installed, unplugged).remove()
         raise
     return AcceleratedAttention(installed, unplugged)
-
-
-def _row(layer: PluggedLayer) -> ReportRow:
-    reasons: dict[str, tuple[str, ...]] = {}
-    explanation = layer.explanation
-    if explanation is not None:
-        for name, against in explanation.reasons.items():
-            if name == explanation.chosen:
-                break
-            reasons[name] = against
-    return ReportRow(layer.name, layer.policy, layer.shape, layer.served_by, reasons)
 
 
 def _kind(model_or_pipeline: Any) -> str:

@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ldm4ts_kernels.requirements import import_error
+
 
 @dataclass(frozen=True)
 class Family:
@@ -207,6 +209,15 @@ FAMILIES = (
     Family("T5EncoderModel", t5, call_t5, 2),
     Family("ViTModel", vit, lambda model: model(random(1, 3, 8, 8)).last_hidden_state, 2),
 )
+
+
+def kernels_run_here() -> bool:
+    """Return whether the Triton kernels serve tensors on the CPU, where these models live."""
+    if import_error("triton") is not None:
+        return False
+    from ldm4ts_kernels.kernels.flash import INTERPRET
+
+    return INTERPRET
 
 
 def random(*shape: int) -> Tensor:

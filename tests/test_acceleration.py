@@ -113,8 +113,35 @@ def test_the_report_says_who_served_each_layer_and_why_nobody_before():
     assert (row.policy, row.shape, row.served_by) == (Policy(), (2, 2, 64, 64, 8), "sdpa")
     assert list(row.reasons) == ["native", "flash_attn", "triton"]
     lines = str(handle.report()).splitlines()
-    assert len(lines) == UNET.layers + 1
-    assert "native: the compiled extension" in lines[1] or "native: needs a cuda" in lines[1]
+    assert lines[1].endswith("sdpa       [1]") and lines[2].endswith("sdpa       [2]")
+    notes = [line for line in lines[UNET.layers + 1 :] if line.startswith("[")]
+    assert [note[:11] for note in notes] == ["[1] native:", "[2] native:"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "layer", "backend", "reason"),
+    [
+        ("exact", "attn1", "native", "needs a cuda device, got cpu"),
+        ("exact", "attn1", "flash_attn", "flash_attn does not import: broken on purpose"),
+        ("exact", "attn1", "native", "takes bfloat16, float16, got float32"),
+        ("int8", "attn1", "sageattention", "has no backward pass"),
+        ("int8", "attn2", "sageattention2", "takes no additive mask"),
+        ("int8", "attn1", "sageattention", "takes head dims [64, 96, 128], got 8"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:precision='int8'")
+def test_each_link_that_does_not_serve_says_why(monkeypatch, precision, layer, backend, reason):
+    monkeypatch.setattr(
+        "ldm4ts_kernels.requirements.import_error",
+        lambda module: f"{module} does not import: broken on purpose",
+    )
+    model = build(UNET)
+    with accelerate_attention(model, precision=precision) as handle:
+        run(UNET, model)
+    row = next(row for row in handle.report() if row.layer.endswith(layer))
+    assert row.served_by == "sdpa"
+    assert reason in row.reasons[backend]
+    assert reason in str(handle.report())
 
 
 def test_a_pipeline_is_plugged_with_all_its_models():

@@ -8,7 +8,7 @@ pytest.importorskip("transformers", reason="needs transformers")
 
 from ldm4ts_kernels import accelerate_attention
 from ldm4ts_kernels.checkpointing import attention_checkpoint_contexts, save_attention_outputs
-from tests.families import FAMILIES, assert_same, build, run
+from tests.families import FAMILIES, assert_same, build, kernels_run_here, run
 
 BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -53,10 +53,10 @@ def test_attention_is_computed_once_where_plain_checkpointing_computes_it_twice(
     assert_same(kept, expected)
 
 
+@pytest.mark.skipif(not kernels_run_here(), reason="needs Triton's interpreter")
 def test_our_own_operators_are_kept_too():
     family = BY_NAME["FluxTransformer2DModel"]
     model = build(family)
-    pytest.importorskip("triton", reason="needs triton")
     accelerate_attention(model, backend="triton")
     expected, forward, _ = count(family, model)
     model.enable_gradient_checkpointing(save_attention_outputs)

@@ -13,8 +13,7 @@ pytest.importorskip("transformers", reason="needs transformers")
 
 from ldm4ts_kernels import accelerate_attention, save_attention_outputs
 from ldm4ts_kernels.checkpointing import attention_checkpoint_contexts
-from ldm4ts_kernels.requirements import import_error
-from tests.families import FAMILIES, assert_same, build, run
+from tests.families import FAMILIES, assert_same, build, kernels_run_here, run
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "integrations.md"
 
@@ -25,8 +24,8 @@ def plugged(family, **options):
 
 
 def forward_and_backward(family, tmp_path):
-    """The Triton kernels, interpreted where there is no GPU, against the model as it was."""
-    backend = "triton" if import_error("triton") is None else "sdpa"
+    """Through the interpreted Triton kernels, against the model as it was."""
+    backend = "triton" if kernels_run_here() else "sdpa"
     model, handle = plugged(family, backend=backend)
     assert_same(run(family, model), run(family, build(family)))
     assert len(handle.layers) == family.layers

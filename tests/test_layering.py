@@ -15,7 +15,7 @@ LAYERS = (
     ("backends",),
     ("attention", "operators"),
     ("plugged_layer", "sdpa_override", "checkpointing"),
-    ("processors", "context_parallel", "encoders"),
+    ("processors", "context_parallel", "encoders", "layer_report"),
     ("dispatcher",),
     ("plugs",),
     ("acceleration", "diffusers_integration"),
