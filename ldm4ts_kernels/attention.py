@@ -198,7 +198,7 @@ def _announce(name: str, precision: str) -> None:
     logger.info("attention backend in use: %s (precision %s)", name, precision)
     if precision == "int8" and name == "sdpa":
         warnings.warn(
-            "precision='int8' is served by sdpa, which does not quantise: no INT8 backend can serve"
+            "precision='int8' is served by sdpa, which does not quantise: no INT8 backend serves"
             " this call; ldm4ts_kernels.explain says why",
             stacklevel=3,
         )

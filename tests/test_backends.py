@@ -150,3 +150,33 @@ def test_sageattention_2_is_given_only_keywords_of_its_signature(wheel):
         backends._sageattention2(arguments(scale=0.5))
     assert set(calls[0][1]) == {"tensor_layout", "is_causal", "sm_scale", "return_lse"}
     assert calls[0][1]["sm_scale"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "declined"),
+    [
+        ("native", {}, False),
+        ("native", {"key_length": 77, "query_length": 784}, False),
+        ("native", {"needs_grad": True}, True),
+        ("native", {"key_length": 256}, True),
+        ("native", {"query_length": 4096}, True),
+        ("native", {"mask": "boolean"}, True),
+        ("triton", {}, True),
+    ],
+)
+def test_auto_uses_a_kernel_on_hopper_only_where_it_was_measured_faster(
+    monkeypatch, name, change, declined
+):
+    monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
+    (row,) = (row for row in CHAINS["exact"] if row.name == name)
+    reason = row.declines(CALL._replace(device=torch.device("cuda", 0), **change))
+    assert (reason is not None) == declined
+    assert not declined or "measured" in reason
+
+
+def test_auto_uses_no_own_kernel_on_a_gpu_that_it_was_not_measured_on(monkeypatch):
+    monkeypatch.setattr(backends, "capability", lambda device: (8, 6))
+    call = CALL._replace(device=torch.device("cuda", 0))
+    for row in (*CHAINS["exact"], *CHAINS["int8"]):
+        if row.name in ("native", "triton", "triton_int8"):
+            assert "not yet measured" in row.declines(call)
