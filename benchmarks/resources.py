@@ -57,6 +57,7 @@ class Resources(NamedTuple):
     dtype: str
     head_dim: int
     key_length: int
+    mask: int
     block_q: int
     block_k: int
     num_warps: int
@@ -84,6 +85,7 @@ class Tensors(NamedTuple):
     query: torch.Tensor  # (B, H, Q, D); also of out, dout and dq
     key: torch.Tensor  # (B, G, K, D); also of value, dk and dv
     lse: torch.Tensor  # (B, H, Q) float32; also of a shift
+    mask: torch.Tensor | None  # (B, H, Q, K), the same for all heads and queries
 
 
 def meta_tensors(problem: Problem) -> Tensors:
@@ -91,30 +93,35 @@ def meta_tensors(problem: Problem) -> Tensors:
     batch, width = problem.batch, problem.head_dim
     query = (batch, problem.heads, problem.query_length, width)
     key = (batch, problem.kv_heads, problem.key_length, width)
+    mask = None
+    if problem.mask:
+        row = torch.empty(batch, 1, 1, problem.key_length, dtype=problem.dtype, device="meta")
+        mask = row.expand(*query[:3], problem.key_length)
     return Tensors(
         torch.empty(query, dtype=problem.dtype, device="meta"),
         torch.empty(key, dtype=problem.dtype, device="meta"),
         torch.empty(query[:3], device="meta"),
+        mask,
     )
 
 
 def launch_exact(problem: Problem) -> None:
     """Launch a forward and backward of exact attention."""
-    query, key, lse = meta_tensors(problem)
-    flash_forward.flash_forward(problem, query, key, key, None, None, query, lse)
+    query, key, lse, mask = meta_tensors(problem)
+    flash_forward.flash_forward(problem, query, key, key, mask, None, query, lse)
     flash_backward.flash_backward(
-        problem, query, key, key, None, None, query, lse, query, None, query, key, key, None
+        problem, query, key, key, mask, None, query, lse, query, None, query, key, key, None
     )
 
 
 def launch_int8(problem: Problem) -> None:
     """Launch a quantisation, forward and backward of INT8 attention."""
-    query, key, lse = meta_tensors(problem)
+    query, key, lse, mask = meta_tensors(problem)
     quantised = quantize.empty_quantised(query, key)
     quantize.quantise(problem, query, key, quantised, lse)
-    int8_forward.int8_forward(problem, quantised, key, None, query, lse)
+    int8_forward.int8_forward(problem, quantised, key, mask, query, lse)
     int8_backward.int8_backward(
-        problem, quantised, key, None, query, lse, query, None, query, key, key
+        problem, quantised, key, mask, query, lse, query, None, query, key, key
     )
 
 
@@ -192,6 +199,7 @@ def measure(problem: Problem, capability: tuple[int, int]) -> Iterator[Resources
             dtype=DTYPES[problem.dtype],
             head_dim=problem.head_dim,
             key_length=problem.key_length,
+            mask=problem.mask,
             block_q=kwargs.get("BLOCK_Q", kwargs.get("BLOCK", 0)),
             block_k=kwargs.get("BLOCK_K", 0),
             num_warps=kwargs["num_warps"],
@@ -230,6 +238,7 @@ def main() -> None:
         for head_dim in options.head_dim:
             problems = [problem_of(head_dim, key_length) for key_length in (77, 4096)]
             problems += [problem_of(head_dim, 4096, torch.float32)]
+            problems += [problem._replace(mask=2) for problem in problems[1:]]
             for row in (row for problem in problems for row in measure(problem, capability)):
                 if row not in rows:  # both precisions launch the kernel of delta
                     rows.append(row)

@@ -43,7 +43,14 @@ class Problem(NamedTuple):
         return self.mask == 2 or self.softcap is not None or self.scale <= 0.0
 
     def config(self, stage: str) -> Config:
-        return choose(stage, self.head_dim, self.dtype.itemsize, self.key_length, self.capability)
+        return choose(
+            stage,
+            self.head_dim,
+            self.dtype.itemsize,
+            self.key_length,
+            self.capability,
+            self.mask != 0,
+        )
 
     @property
     def one_block(self) -> bool:

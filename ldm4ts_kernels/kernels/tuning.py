@@ -111,7 +111,12 @@ ONE_BLOCK_KEYS = 128  # a backward whose keys fit one block needs one launch
 
 @functools.cache
 def choose(
-    stage: str, head_dim: int, itemsize: int, key_length: int, capability: tuple[int, int]
+    stage: str,
+    head_dim: int,
+    itemsize: int,
+    key_length: int,
+    capability: tuple[int, int],
+    masked: bool = False,
 ) -> Config:
     """Return the tile of a pass: a key of `TABLES`."""
     padded = sum(split_head_dim(head_dim, capability))
@@ -119,6 +124,8 @@ def choose(
     block_q, block_k, warps, stages = next(row for top, row in table.items() if padded <= top)
     if itemsize == 4:  # two warpgroups on 64 float32 rows read past their tile on an H200
         block_q, block_k, warps, stages = max(16, block_q // 2), max(16, block_k // 2), 4, 1
+    if masked:  # the tiles of the mask take shared memory, too
+        block_k, stages = min(block_k, 64), max(1, stages - 1)
     short = max(16, triton.next_power_of_2(key_length))
     if stage == "one_block":
         block_q, block_k, stages = max(16, block_q // (short // block_k or 1)), short, 1
