@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 # Allocated in the forward pass; in the backward pass and the optimizer what is no gradient.
 CATEGORIES = ("parameters", "gradients", "optimizer", "inputs", "activations", "temporaries")
 PHASES = ("forward", "backward", "optimizer")
+aten = torch.ops.aten
+CONVOLUTIONS = frozenset({aten.convolution.default, aten.convolution_backward.default})
 ROUNDING = 512  # bytes; what the CUDA caching allocator rounds every tensor up to
 
 
@@ -144,8 +146,9 @@ class _Tracker(TorchDispatchMode):
         phases, live = zip(*self.events, strict=True)
         return Timeline(phases, live)
 
-    def _record(self) -> None:
-        self.events.append((self.phase, tuple(self.live)))
+    def _record(self, inner_bytes: int = 0) -> None:
+        *others, temporaries = self.live
+        self.events.append((self.phase, (*others, temporaries + inner_bytes)))
 
     def _add(self, tensor: Tensor, category: int) -> None:
         """Count the tensor's storage under the category."""
@@ -179,5 +182,18 @@ class _Tracker(TorchDispatchMode):
                 self._add(tensor, category)
                 new = True
         if new:
-            self._record()
+            self._record(_inner_bytes(func, args, result))
         return result
+
+
+def _inner_bytes(operator: Any, args: tuple[Any, ...], result: Any) -> int:
+    """Return what an operator's CUDA kernels allocate and free inside it.
+
+    Measured on an H200, torch 2.11, cuDNN 9.19, 13 convolutions in float32 and bfloat16.
+    """
+    if operator in CONVOLUTIONS:  # cuDNN copies input, weight and output, to channels last
+        tensors = args[:3] if operator is aten.convolution_backward.default else (*args[:2], result)
+        return sum(tensor.nbytes for tensor in tensors)
+    if operator is aten._softmax_backward_data.default:  # the product of gradient and weights
+        return result.nbytes
+    return 0

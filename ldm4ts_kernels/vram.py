@@ -1,0 +1,263 @@
+"""What training an LDM4TS model takes of a GPU's memory, and the settings with which it fits.
+
+Tensors are traced (`model_memory`), so the figures are those of the configured model and need no
+GPU. What is no tensor comes as constants that were measured, each in a row of its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+GIB = 2**30  # of every "gb" here: a card sold as 8 GB has 8 GiB
+MIB = 2**20
+BACKENDS = ("default", "flash", "sage", "auto")
+PRECISIONS = ("fp32", "bf16")
+PARTS = {"model": ("autoencoder", "forecaster"), "unet": ("unet",)}
+LARGEST_BATCH = 64  # beyond it a step is no longer bound by the host, and training changes
+
+# NVIDIA H200, torch 2.11, CUDA 13.0, 2026-11-23, python -m benchmarks.vram_accuracy --measure:
+# medians over 80 configurations. Other GPUs and versions differ.
+WORKSPACES = 103 * MIB  # allocated beyond the traced tensors: cuBLAS' workspaces and the like
+RESERVE = 0.05  # of the above, reserved by the caching allocator and not used
+CUDA_CONTEXT = 815 * MIB  # outside the allocator: the driver's context and the loaded kernels
+
+
+class Lever(NamedTuple):
+    """Settings that may be recommended, and what they cost."""
+
+    precision: str
+    gradient_checkpointing: bool
+    cost: str
+
+
+# Least costly first, by the time of a step of the guide's U-Net on an H200 (224 px, batch 4; 86 ms
+# for the first). Attention is fused in all of them: it costs nothing against materialised scores.
+LEVERS = (
+    Lever("fp32", False, "nothing: fused attention is exact, and no slower"),
+    Lever("bf16", False, "bfloat16's rounding; 1.4 × the time of a step while the host bounds it"),
+    Lever("fp32", True, "2.0 × the time of a step; the gradients are the same"),
+    Lever("bf16", True, "bfloat16's rounding, and 2.5 × the time of a step"),
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One set of levers, and the largest batch that fits with it; 0 where not even one does."""
+
+    attention_backend: str
+    precision: str
+    gradient_checkpointing: bool
+    cost: str
+    largest_batch: int
+    one_window_gb: float
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Settings with which training fits; `considered` are the sets up to the chosen one."""
+
+    vram_gb: float
+    attention_backend: str
+    precision: str
+    gradient_checkpointing: bool
+    batch_size: int
+    estimated_gb: float
+    why: str
+    considered: tuple[Option, ...]
+
+
+class _Run(NamedTuple):
+    """What decides the memory of a training run, but for its batch size."""
+
+    config: Any  # LDM4TSConfig
+    part: str
+    materialised: bool
+    gradient_checkpointing: bool
+    precision: str
+
+    def stages(self, batch_size: int) -> dict[str, Any]:
+        """Return the Peak of each stage's step."""
+        from ldm4ts_kernels.model_memory import Step, memory_law
+
+        names = PARTS[self.part]
+        if self.config.autoencoder is not None:  # a pretrained one is not trained first
+            names = tuple(name for name in names if name != "autoencoder")
+        rest = (self.materialised, self.gradient_checkpointing, self.precision)
+        return {name: memory_law(Step(self.config, name, *rest)).peak(batch_size) for name in names}
+
+    def table(self, batch_size: int) -> dict[str, int]:
+        """Return the bytes at the peak of the stage that takes most, by category."""
+        peak = max(self.stages(batch_size).values(), key=lambda peak: peak.total)
+        table = {**peak.categories, "workspaces": WORKSPACES}
+        table["allocator"] = round(RESERVE * sum(table.values()))
+        return {**table, "cuda_context": CUDA_CONTEXT}
+
+
+def estimate_vram_usage(
+    batch_size: int = 4,
+    backend: str = "default",
+    gradient_checkpointing: bool = False,
+    image_size: tuple[int, int] | None = None,
+    preset: str = "guide",
+    precision: str = "fp32",
+    part: str = "model",
+    **config_fields: Any,
+) -> dict[str, Any]:
+    """Return what training takes of a GPU's memory, in units of 2^30 bytes and in a byte table.
+
+    Args:
+        batch_size: windows in a step.
+        backend: "default" (materialised scores), "flash", "auto" or "sage". INT8 attention keeps
+            at most what exact attention keeps, and is estimated as that.
+        image_size: (height, width) in pixels; None is the preset's.
+        precision: "fp32", or "bf16" for autocast; weights and AdamW's states are fp32 in both.
+        part: "model", the larger of training's two stages; "unet", a step of the U-Net alone.
+        config_fields: fields of LDM4TSConfig, over the preset's.
+
+    Returns:
+        total_estimated_gb = base_model_gb (parameters, gradients and optimizer states at the peak)
+        + activation_memory_gb (all other tensors) + overhead_gb (what is no tensor);
+        savings_vs_default_pct, against backend "default" without checkpointing; "bytes", the
+        table behind them: parameters, gradients, optimizer, inputs, activations, temporaries,
+        workspaces (cuBLAS, cuDNN), allocator (reserved, not used), cuda_context; "stages", the
+        tensors' bytes at each stage's peak; "phases", at the peak of each phase of the largest
+        stage; and the arguments.
+
+    The first call for a model takes seconds, others of the same settings none, whatever the batch.
+    Not covered: the scoring between steps, other processes on the GPU, torch.compile.
+
+    Raises ValueError for an unknown name or a value out of range, TypeError for an unknown field.
+    """
+    _check("backend", backend, BACKENDS)
+    _check_count("batch_size", batch_size)
+    config = _config(preset, image_size, precision, part, config_fields)
+    run = _Run(config, part, backend == "default", gradient_checkpointing, precision)
+    default = run._replace(materialised=True, gradient_checkpointing=False)
+    table, stages = run.table(batch_size), run.stages(batch_size)
+    total = sum(table.values())
+    base = sum(table[name] for name in ("parameters", "gradients", "optimizer"))
+    overhead = sum(table[name] for name in ("workspaces", "allocator", "cuda_context"))
+    largest = max(stages, key=lambda name: stages[name].total)
+    return {
+        "base_model_gb": base / GIB,
+        "activation_memory_gb": (total - base - overhead) / GIB,
+        "overhead_gb": overhead / GIB,
+        "total_estimated_gb": total / GIB,
+        "savings_vs_default_pct": 100 * (1 - total / sum(default.table(batch_size).values())),
+        "backend": backend,
+        "gradient_checkpointing": gradient_checkpointing,
+        "batch_size": batch_size,
+        "image_size": config.image_size,
+        "preset": preset,
+        "precision": precision,
+        "part": part,
+        "bytes": table,
+        "stages": {name: peak.total for name, peak in stages.items()},
+        "phases": stages[largest].phases,
+    }
+
+
+def recommend(
+    vram_gb: float,
+    batch_size: int = 4,
+    image_size: tuple[int, int] | None = None,
+    preset: str = "guide",
+    precision: str | None = None,
+    **config_fields: Any,
+) -> Recommendation:
+    """Return the least costly settings with which training fits into vram_gb · 2^30 bytes.
+
+    They are the first of LEVERS with which batch_size windows a step fit, and the largest batch
+    that then fits, up to LARGEST_BATCH. Where batch_size windows fit with none, they are the last
+    of LEVERS with the largest batch that fits; `why` says so. precision: None leaves it open.
+
+    Raises ValueError where not even one window fits, and as `estimate_vram_usage` does.
+    """
+    if not vram_gb > 0:
+        raise ValueError(f"vram_gb must be more than 0, got {vram_gb!r}")
+    _check_count("batch_size", batch_size, LARGEST_BATCH)
+    config = _config(preset, image_size, precision or "fp32", "model", config_fields)
+    levers = [lever for lever in LEVERS if precision in (None, lever.precision)]
+    considered = []
+    for option in _options(config, levers, vram_gb):
+        considered.append(option)
+        if option.largest_batch >= batch_size:
+            break
+    chosen = considered[-1]
+    if not chosen.largest_batch:
+        raise ValueError(
+            f"vram_gb must be at least {chosen.one_window_gb:.2f} for one window of "
+            f"{config.image_size} a step with every lever, got {vram_gb}"
+        )
+    run = _Run(config, "model", False, chosen.gradient_checkpointing, chosen.precision)
+    total = sum(run.table(chosen.largest_batch).values()) / GIB
+    return Recommendation(
+        vram_gb=vram_gb,
+        attention_backend=chosen.attention_backend,
+        precision=chosen.precision,
+        gradient_checkpointing=chosen.gradient_checkpointing,
+        batch_size=chosen.largest_batch,
+        estimated_gb=total,
+        why=_explain(considered, batch_size, vram_gb),
+        considered=tuple(considered),
+    )
+
+
+def _options(config: Any, levers: list[Lever], vram_gb: float) -> Iterator[Option]:
+    """Yield each set of levers with its largest batch; the next one is traced when asked for."""
+    for lever in levers:
+        run = _Run(config, "model", False, lever.gradient_checkpointing, lever.precision)
+        fitting = 0
+        for batch_size in range(1, LARGEST_BATCH + 1):
+            if sum(run.table(batch_size).values()) > vram_gb * GIB:
+                break
+            fitting = batch_size
+        one_window_gb = sum(run.table(1).values()) / GIB
+        yield Option(
+            "flash",
+            lever.precision,
+            lever.gradient_checkpointing,
+            lever.cost,
+            fitting,
+            one_window_gb,
+        )
+
+
+def _explain(considered: list[Option], batch_size: int, vram_gb: float) -> str:
+    *refused, chosen = considered
+    least = f"the least costly settings with which {batch_size} windows a step fit"
+    if chosen.largest_batch < batch_size:
+        least = f"no settings fit {batch_size} windows a step; these fit the most"
+    elif not refused:
+        least += ", and no others are needed"
+    limit = "the largest batch offered" if chosen.largest_batch == LARGEST_BATCH else (
+        f"one window more passes {vram_gb:g} GB"
+    )  # fmt: skip
+    return f"{least}. They cost {chosen.cost}. {chosen.largest_batch} windows: {limit}."
+
+
+def _config(
+    preset: str,
+    image_size: tuple[int, int] | None,
+    precision: str,
+    part: str,
+    config_fields: dict[str, Any],
+) -> Any:
+    from ldm4ts_kernels.model.config import resolve_config
+
+    _check("precision", precision, PRECISIONS)
+    _check("part", part, tuple(PARTS))
+    given = config_fields if image_size is None else {**config_fields, "image_size": image_size}
+    return resolve_config(preset, **given)
+
+
+def _check(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def _check_count(name: str, value: object, largest: int | None = None) -> None:
+    above = largest is not None and isinstance(value, int) and value > largest
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or above:
+        expected = ">= 1" if largest is None else f"from 1 to {largest}"
+        raise ValueError(f"{name} must be an integer {expected}, got {value!r}")
