@@ -23,12 +23,18 @@ def shared_attention(policy: Policy, *arguments: Any, parallel_config: Any) -> A
     The arguments are those of diffusers' backends, without keywords. Raises NotImplementedError for
     a policy, a mask or a call that `native` and `triton` cannot serve in parts.
     """
+    import diffusers
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 
     if not can_share(policy):
         raise NotImplementedError(
             f"_parallel_config: precision={policy.precision!r}, backend={policy.backend!r} cannot"
             f" share a sequence among devices; precision='exact' on {[*operators.SERVERS]} can"
+        )
+    if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42):
+        raise NotImplementedError(
+            "_parallel_config: sharing a sequence needs diffusers 0.42 or later, whose ring hands"
+            f" the backward pass the keys of every device; this is {diffusers.__version__}"
         )
     return _templated_context_parallel_attention(
         *arguments,

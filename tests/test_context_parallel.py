@@ -78,3 +78,10 @@ def test_a_policy_that_cannot_share_a_sequence_says_so(policy):
     query = torch.randn(1, 4, 2, 16)
     with pytest.raises(NotImplementedError, match="cannot share a sequence among devices"):
         shared_attention(policy, query, query, query, parallel_config=object())
+
+
+def test_a_diffusers_whose_ring_is_not_to_be_trusted_is_refused(monkeypatch):
+    monkeypatch.setattr("diffusers.__version__", "0.41.0")
+    query = torch.randn(1, 4, 2, 16)
+    with pytest.raises(NotImplementedError, match=r"needs diffusers 0.42 or later.*0.41.0"):
+        shared_attention(Policy(), query, query, query, parallel_config=object())
