@@ -16,7 +16,7 @@ from ldm4ts_kernels.runs import plan
 from ldm4ts_kernels.vram import GIB, LARGEST_BATCH, LEVERS, WORKSPACES, recommend
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "vram_accuracy.csv"
-SMALL = {**TINY, "image_size": (64, 64)}
+SMALL = {**TINY, "autoencoder_channels": (8, 16)}
 
 
 def estimate(**arguments: object) -> dict:
