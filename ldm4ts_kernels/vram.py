@@ -18,7 +18,9 @@ LARGEST_BATCH = 64  # beyond it a step is no longer bound by the host, and train
 # NVIDIA H200, torch 2.11, CUDA 13.0, 2026-11-23, python -m benchmarks.vram_accuracy --measure:
 # medians over 80 configurations. Other GPUs and versions differ.
 WORKSPACES = 103 * MIB  # allocated beyond the traced tensors: cuBLAS' workspaces and the like
-RESERVE = 0.05  # of the above, reserved by the caching allocator and not used
+# Of the above, reserved by the caching allocator and not used; and more than the largest error of an
+# estimate (4.6 %), so that what is recommended fits even then.
+RESERVE = 0.05
 CUDA_CONTEXT = 815 * MIB  # outside the allocator: the driver's context and the loaded kernels
 
 
@@ -225,9 +227,9 @@ def _options(config: Any, levers: list[Lever], vram_gb: float) -> Iterator[Optio
 
 def _explain(considered: list[Option], batch_size: int, vram_gb: float) -> str:
     *refused, chosen = considered
-    least = f"the least costly settings with which {batch_size} windows a step fit"
+    least = f"The least costly settings with which {batch_size} windows a step fit"
     if chosen.largest_batch < batch_size:
-        least = f"no settings fit {batch_size} windows a step; these fit the most"
+        least = f"No settings fit {batch_size} windows a step; these fit the most"
     elif not refused:
         least += ", and no others are needed"
     limit = "the largest batch offered" if chosen.largest_batch == LARGEST_BATCH else (

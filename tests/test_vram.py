@@ -126,7 +126,7 @@ def test_less_memory_costs_more_levers():
 def test_a_batch_that_fits_with_no_lever_is_said_to():
     found = recommend(fitting(20, **LEANEST), batch_size=LARGEST_BATCH, **SMALL)
     assert (found.gradient_checkpointing, found.batch_size) == (True, 20)
-    assert "no settings fit 64 windows a step; these fit the most" in found.why
+    assert "No settings fit 64 windows a step; these fit the most" in found.why
 
 
 def test_only_levers_that_training_has_are_recommended():
