@@ -13,13 +13,13 @@ MIB = 2**20
 BACKENDS = ("default", "flash", "sage", "auto")
 PRECISIONS = ("fp32", "bf16")
 PARTS = {"model": ("autoencoder", "forecaster"), "unet": ("unet",)}
-LARGEST_BATCH = 64  # beyond it a step is no longer bound by the host, and training changes
+LARGEST_BATCH = 64  # of a recommendation: larger steps are another training, not a saving
 
 # NVIDIA H200, torch 2.11, CUDA 13.0, 2026-11-23, python -m benchmarks.vram_accuracy --measure:
 # medians over 80 configurations. Other GPUs and versions differ.
 WORKSPACES = 103 * MIB  # allocated beyond the traced tensors: cuBLAS' workspaces and the like
-# Of the above, reserved by the caching allocator and not used; and more than the largest error of an
-# estimate (4.6 %), so that what is recommended fits even then.
+# Of the above, reserved by the caching allocator and not used. It is more than the largest error of
+# an estimate (4.6 %), so that what is recommended fits even then.
 RESERVE = 0.05
 CUDA_CONTEXT = 815 * MIB  # outside the allocator: the driver's context and the loaded kernels
 
