@@ -178,7 +178,7 @@ def train_command(
 ) -> None:
     """Train on a series and score the forecasts beside the naive ones.
 
-    Without a GPU, `ldm4ts train --data sp500` takes about five minutes on two cores.
+    Without a GPU, `ldm4ts train --data sp500` takes about two minutes on two cores.
     """
     options = dict(locals())
     size = options.pop("image_size")

@@ -30,7 +30,7 @@ FIXED_FOR_A_RUN = (
     "seed",
     "autoencoder_steps",
 )
-# `paper` is sized for 2 CPU cores and five minutes, `guide` for a GPU.
+# `paper` is sized for 2 CPU cores and a few minutes, `guide` for a GPU.
 PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "guide": {
