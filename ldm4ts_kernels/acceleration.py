@@ -1,5 +1,6 @@
 """`accelerate_attention`: every attention layer of a model or pipeline, through `attention_fn`."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -132,12 +133,11 @@ def accelerate_attention(
             f" none ({'; '.join(reasons) or 'nothing in it looks like attention'})"
         )
     installed: list[Installed] = []
-    try:
+    with contextlib.ExitStack() as undo:  # a plug that fails takes the others off again
+        undo.callback(lambda: AcceleratedAttention(installed, unplugged).remove())
         for plug, policy in chosen:
             installed.append(plug.install(PluggedLayer(plug.name, policy)))
-    except BaseException:
-        AcceleratedAttention(installed, unplugged).remove()
-        raise
+        undo.pop_all()
     return AcceleratedAttention(installed, unplugged)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm4ts_kernels.backends import CHAINS, Arguments, Backend
-from ldm4ts_kernels.requirements import Call, constant
+from ldm4ts_kernels.requirements import Call, constant, describe
 
 logger = logging.getLogger("ldm4ts_kernels")
 
@@ -75,13 +75,8 @@ def attention_fn(
         NotImplementedError: no backend, or not the one named, can serve the call; with each reason.
     """
     if query.ndim == 3:
-        _check_3d(query, key, value, attn_mask)
-        mask = attn_mask if attn_mask is None or attn_mask.ndim < 3 else attn_mask.unsqueeze(1)
         result = attention_fn(
-            query.unsqueeze(1),
-            key.unsqueeze(1),
-            value.unsqueeze(1),
-            mask,
+            *_as_one_head(query, key, value, attn_mask),
             dropout_p,
             is_causal,
             scale,
@@ -125,10 +120,7 @@ def explain(
     Takes what `attention_fn` takes, runs nothing, and raises ValueError where that would.
     """
     if query.ndim == 3:
-        _check_3d(query, key, value, attn_mask)
-        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        if attn_mask is not None and attn_mask.ndim == 3:
-            attn_mask = attn_mask.unsqueeze(1)
+        query, key, value, attn_mask = _as_one_head(query, key, value, attn_mask)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     call = _describe(query, key, value, attn_mask, dropout_p, is_causal, return_lse, precision)
@@ -137,17 +129,13 @@ def explain(
 
 def explain_call(call: Call, *, precision: str = "exact", backend: str = "auto") -> Explanation:
     """Explain a call that is described rather than made: see `explain`."""
-    chain = _chain(precision)
-    if backend == "auto":
-        reasons = {row.name: tuple(_reasons(row, call, auto=True)) for row in chain}
-        if _has_one_key(call):
-            reasons = {"one key": (), **reasons}
-    else:
-        row = _named(backend, precision)
-        reasons = {row.name: tuple(_reasons(row, call, auto=False))}
-    chosen = next((name for name, against in reasons.items() if not against), None)
-    if chosen is None and backend == "auto":
-        chosen = next((row.name for row in chain if not row.requires.unmet(call)), None)
+    auto = backend == "auto"
+    rows = _rows(precision, backend)
+    reasons = {row.name: tuple(_reasons(row, call, auto)) for row in rows}
+    if auto and _has_one_key(call):
+        return Explanation(call, precision, MappingProxyType({"one key": (), **reasons}), "one key")
+    row = _choose(rows, call, backend)
+    chosen = row.name if row else None
     return Explanation(call, precision, MappingProxyType(reasons), chosen)
 
 
@@ -158,20 +146,22 @@ def _reasons(row: Backend, call: Call, auto: bool) -> list[str]:
     return reasons
 
 
-def _select(call: Call, precision: str, backend: str) -> Backend:
-    rows = _chain(precision) if backend == "auto" else (_named(backend, precision),)
-    able, refused = [], []
-    for row in rows:
-        reasons = row.requires.unmet(call)
-        if reasons:
-            refused.append(f"{row.name} cannot serve this call: {'; '.join(reasons)}")
-        else:
-            able.append(row)
+def _choose(rows: tuple[Backend, ...], call: Call, backend: str) -> Backend | None:
+    able = [row for row in rows if not row.requires.unmet(call)]
     for row in able:
         if backend != "auto" or row.declines(call) is None:
             return row
-    if able:  # a backend that `auto` would rather not use is better than none
-        return able[0]
+    return able[0] if able else None  # one that `auto` would rather not use is better than none
+
+
+def _select(call: Call, precision: str, backend: str) -> Backend:
+    rows = _rows(precision, backend)
+    chosen = _choose(rows, call, backend)
+    if chosen is not None:
+        return chosen
+    refused = [
+        f"{row.name} cannot serve this call: {'; '.join(row.requires.unmet(call))}" for row in rows
+    ]
     raise NotImplementedError("\n".join([*refused, f"the call: {call}"]))
 
 
@@ -184,11 +174,15 @@ def _chain(precision: str) -> tuple[Backend, ...]:
     return CHAINS[precision]
 
 
-def _named(backend: str, precision: str) -> Backend:
-    for row in _chain(precision):
+def _rows(precision: str, backend: str) -> tuple[Backend, ...]:
+    """Return what may serve: the chain for "auto", else the one row of that name."""
+    chain = _chain(precision)
+    if backend == "auto":
+        return chain
+    for row in chain:
         if row.name == backend:
-            return row
-    known = ["auto", *(row.name for row in _chain(precision))]
+            return (row,)
+    known = ["auto", *(row.name for row in chain)]
     raise ValueError(f"backend must be one of {known} for {precision=}, got {backend!r}")
 
 
@@ -246,22 +240,15 @@ def _describe(
         if attn_mask.requires_grad and torch.is_grad_enabled():
             mask = "additive with gradient"
     grads = query.requires_grad or key.requires_grad or value.requires_grad
-    return Call(
-        device=query.device,
-        dtype=query.dtype,
-        batch=query.shape[0],
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        query_length=query.shape[2],
-        key_length=key.shape[2],
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
+    return describe(
+        query,
+        key,
+        value,
         mask=mask,
         dropout=dropout_p > 0.0,
         is_causal=is_causal,
         needs_grad=torch.is_grad_enabled() and (grads or mask == "additive with gradient"),
         return_lse=return_lse,
-        unit_stride=query.stride(3) == key.stride(3) == value.stride(3) == 1,
         default_stream=precision == "int8" and _on_default_stream(query.device),
     )
 
@@ -287,7 +274,12 @@ def _autocast(
     return query.to(dtype), key.to(dtype), value.to(dtype), attn_mask
 
 
-def _check_3d(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+def _as_one_head(
+    query: Tensor,  # (B, Q, D)
+    key: Tensor,  # (B, K, D)
+    value: Tensor,  # (B, K, E)
+    attn_mask: Tensor | None,  # broadcasts to (B, Q, K)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     for name, tensor in (("key", key), ("value", value)):
         if tensor.ndim != 3:
             raise ValueError(f"{name} must be 3-D like query, got {tuple(tensor.shape)}")
@@ -295,6 +287,9 @@ def _check_3d(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         raise ValueError(
             f"attn_mask must broadcast to (B, Q, K) for 3-D query, got {tuple(attn_mask.shape)}"
         )
+    if attn_mask is not None and attn_mask.ndim == 3:
+        attn_mask = attn_mask.unsqueeze(1)
+    return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask
 
 
 def _check(

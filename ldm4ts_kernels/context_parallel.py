@@ -76,7 +76,7 @@ class _Forward:
         return (out, lse) if return_lse else out
 
     def _server(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> str:
-        call = operators.describe(query, key, value, is_causal)
+        call = operators.describe_part(query, key, value, is_causal)
         names = [*operators.SERVERS] if self.policy.backend == "auto" else [self.policy.backend]
         against = {name: operators.SERVERS[name].requires.unmet(call) for name in names}
         for name, reasons in against.items():

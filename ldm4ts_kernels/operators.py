@@ -11,29 +11,22 @@ import torch
 from torch import Tensor
 
 from ldm4ts_kernels.backends import NATIVE, TRITON
-from ldm4ts_kernels.requirements import Call
+from ldm4ts_kernels.requirements import Call, describe
 
 SERVERS = {row.name: row for row in (NATIVE, TRITON)}
 
 
-def describe(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Call:
+def describe_part(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Call:
     """Describe a call of (B, H, N, D) tensors that wants an LSE and gradients."""
-    return Call(
-        device=query.device,
-        dtype=query.dtype,
-        batch=query.shape[0],
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        query_length=query.shape[2],
-        key_length=key.shape[2],
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
+    return describe(
+        query,
+        key,
+        value,
         mask=None,
         dropout=False,
         is_causal=is_causal,
         needs_grad=True,
         return_lse=True,
-        unit_stride=query.stride(3) == key.stride(3) == value.stride(3) == 1,
         default_stream=False,
     )
 

@@ -8,9 +8,10 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 HALF_OR_SINGLE = HALF | {torch.float32}
@@ -36,6 +37,23 @@ class Call(NamedTuple):
     return_lse: bool
     unit_stride: bool  # the last dimension of query, key and value has stride 1
     default_stream: bool  # the current stream is known to be the device's default one
+
+
+def describe(query: Tensor, key: Tensor, value: Tensor, **features: Any) -> Call:
+    """Describe a call of (B, H, N, D) tensors; `features` are the fields that they do not show."""
+    return Call(
+        device=query.device,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        query_length=query.shape[2],
+        key_length=key.shape[2],
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        unit_stride=query.stride(3) == key.stride(3) == value.stride(3) == 1,
+        **features,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ def _server(
     """Return who serves a call; the backward pass of a call gets the answer of its forward."""
     if dropout_p or attn_mask is not None or return_debug_mask:
         return _announced("torch")
-    call = operators.describe(query, key, value, is_causal)
+    call = operators.describe_part(query, key, value, is_causal)
     return _announced(operators.find_server(call) or "torch")
 
 
