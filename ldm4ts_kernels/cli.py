@@ -19,8 +19,8 @@ def main() -> None:
 
 
 def _run() -> int:
-    from ldm4ts_kernels.commands import app
     from ldm4ts_kernels.data import OptionError
+    from ldm4ts_kernels.machine_commands import app
     from ldm4ts_kernels.training import TrainingInterrupted
 
     debug = "--debug" in sys.argv

@@ -1,8 +1,6 @@
-"""The commands of `ldm4ts`: parse, call, print. What a run does is decided below this file."""
+"""`ldm4ts train | forecast`: parse, call, print. What a run does is decided below this file."""
 
-import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ldm4ts_kernels import __version__, explain
+from ldm4ts_kernels import __version__
 from ldm4ts_kernels.data import DATASETS, OptionError
 from ldm4ts_kernels.evaluation import Evaluation
 from ldm4ts_kernels.forecasting import LEVELS, Forecast, forecast
@@ -19,7 +17,6 @@ from ldm4ts_kernels.plots import save_fan_chart
 from ldm4ts_kernels.progress import TrainingProgress
 from ldm4ts_kernels.runs import PRESET_DEFAULTS, TrainConfig, plan
 from ldm4ts_kernels.training import train
-from ldm4ts_kernels.vram import GIB, estimate_vram_usage, recommend
 
 HORIZONS_SHOWN = 12  # in the forecast's table; the CSV file has all
 
@@ -38,7 +35,7 @@ class _Notes(logging.Handler):
     """Prints the package's log above the progress bars instead of through them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _note(record.getMessage())
+        note(record.getMessage())
 
 
 def _print_version(asked: bool) -> None:
@@ -189,7 +186,7 @@ def train_command(
     if size is not None:
         given["model_fields"] = {"image_size": [size, size]}
     config = plan(given)
-    _note(f"{config.data.name}: preset {config.preset}, {config.device}, {config.precision}, "
+    note(f"{config.data.name}: preset {config.preset}, {config.device}, {config.precision}, "
           f"{config.autoencoder_steps} + {config.steps} steps of {config.batch_size} windows "
           f"-> {config.output}")  # fmt: skip
     with TrainingProgress(notes) as show:
@@ -247,116 +244,7 @@ def forecast_command(
     out.print(f"{picture}, {picture.with_suffix('.csv')}", markup=False, highlight=False)
 
 
-@app.command("backends")
-def backends_command(
-    head_dim: Annotated[int, typer.Option("--head-dim", help="Width of a head.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", help="Queries and keys.")] = 1024,
-    training: Annotated[bool, typer.Option("--training", help="A gradient is needed.")] = False,
-) -> None:
-    """Say which attention backends this machine has, and why not the others."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float)
-    query = torch.zeros(1, 8, tokens, head_dim, device=device, dtype=dtype, requires_grad=training)
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    kind = "training" if training else "inference"
-    _note(f"{where}, {dtype}, {kind}, {tokens} tokens, head dim {head_dim}")
-    for precision in ("exact", "int8"):
-        explained = explain(query, query, query, precision=precision)
-        for name, reasons in explained.reasons.items():
-            verdict = "serves" if name == explained.chosen else "could serve"
-            line = f"{precision:<6} {name:<14} {'; '.join(reasons) or verdict}"
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Windows = Annotated[int, typer.Option("--batch-size", help="Windows in a step.")]
-Model = Annotated[str, typer.Option("--preset", help="paper, guide.")]
-Pixels = Annotated[
-    int | None, typer.Option("--image-size", help="Pixels; the preset's if not given.")
-]
-
-
-@app.command("estimate")
-def estimate_command(
-    batch_size: Windows = 4,
-    backend: Annotated[
-        str, typer.Option("--attention", help="default, flash, sage, auto.")
-    ] = "flash",
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing")
-    ] = False,
-    image_size: Pixels = None,
-    preset: Model = "guide",
-    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16.")] = "fp32",
-    part: Annotated[
-        str, typer.Option("--part", help="model, or unet for the U-Net alone.")
-    ] = "model",
-    as_json: Json = False,
-) -> None:
-    """Say what training takes of a GPU's memory; needs none, and takes seconds."""
-    size = None if image_size is None else (image_size, image_size)
-    try:
-        estimate = estimate_vram_usage(
-            batch_size, backend, gradient_checkpointing, size, preset, precision, part
-        )
-    except ValueError as error:
-        raise OptionError(f"{error}") from error
-    if as_json:
-        out.print_json(json.dumps(estimate))
-        return
-    table = Table("at the peak", "GiB")
-    for name, size_in_bytes in estimate["bytes"].items():
-        table.add_row(name.replace("_", " "), f"{size_in_bytes / GIB:.3f}")
-    table.add_section()
-    table.add_row("total", f"{estimate['total_estimated_gb']:.3f}")
-    out.print(table)
-    stages = ", ".join(f"{name} {size / GIB:.3f}" for name, size in estimate["stages"].items())
-    out.print(f"tensors by stage, GiB: {stages}", highlight=False)
-    saved = estimate["savings_vs_default_pct"]
-    out.print(f"{saved:.0f} % below --attention default without checkpointing", highlight=False)
-
-
-@app.command("recommend")
-def recommend_command(
-    vram_gb: Annotated[float, typer.Argument(help="Memory of the GPU, in GB of 2^30 bytes.")],
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", help="Windows in a step, at least.")
-    ] = 4,
-    image_size: Pixels = None,
-    preset: Model = "guide",
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32, bf16; either if not given.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Choose the settings with which training fits a GPU; needs none, and takes a minute."""
-    size = None if image_size is None else (image_size, image_size)
-    try:
-        found = recommend(vram_gb, batch_size, size, preset, precision)
-    except ValueError as error:
-        raise OptionError(f"{error}") from error
-    if as_json:
-        out.print_json(json.dumps(asdict(found)))
-        return
-    table = Table("attention", "precision", "checkpointing", "largest batch", "costs")
-    for option in found.considered:
-        checkpointing = "yes" if option.gradient_checkpointing else "no"
-        largest = str(option.largest_batch or "none fits")
-        table.add_row(
-            option.attention_backend, option.precision, checkpointing, largest, option.cost
-        )
-    out.print(table)
-    out.print(f"{found.why} Estimate: {found.estimated_gb:.2f} GiB.", highlight=False)
-    checkpointing = "" if found.gradient_checkpointing else "no-"
-    sides = "" if image_size is None else f" --image-size {image_size}"
-    command = (
-        f"ldm4ts train --preset {preset}{sides} --attention {found.attention_backend}"
-        f" --precision {found.precision} --{checkpointing}gradient-checkpointing"
-        f" --batch-size {found.batch_size}"
-    )
-    out.print(command, highlight=False, soft_wrap=True)
-
-
-def _note(line: str) -> None:
+def note(line: str) -> None:
     notes.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -25,7 +25,8 @@ LAYERS = (
     ("runs", "evaluation", "plots"),
     ("training",),
     ("forecasting", "progress"),
-    ("commands", "panel"),
+    ("commands", "doctor", "panel"),
+    ("machine_commands",),
     ("cli",),
 )
 
