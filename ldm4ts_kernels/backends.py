@@ -4,6 +4,7 @@
 backend, add a row; nothing else branches on a backend's name.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,9 +20,12 @@ from ldm4ts_kernels.requirements import (
     Call,
     Requires,
     capability,
+    constant,
 )
 
 Result = Tensor | tuple[Tensor, Tensor]
+# What the adapter passes: its early versions return the LSE unasked, and know no such keyword.
+FLASH_ATTN4_KEYWORDS = frozenset({"softmax_scale", "causal", "deterministic", "return_lse"})
 
 
 class Arguments(NamedTuple):
@@ -97,6 +101,27 @@ def _default_stream(call: Call) -> str | None:
     return "launches on the default stream, and another one is or may be current"
 
 
+def _flash_attn4_head_dim(call: Call) -> str | None:
+    largest = 256 if capability(call.device) == (9, 0) else 128
+    if call.head_dim % 8 == 0 and call.head_dim <= largest:
+        return None
+    return f"takes head dims up to {largest} that 8 divides, got {call.head_dim}"
+
+
+def _flash_attn4_version(call: Call) -> str | None:
+    missing = FLASH_ATTN4_KEYWORDS - _flash_attn4_keywords()
+    if not missing:
+        return None
+    return f"needs a flash-attn-4 whose flash_attn_func knows {', '.join(sorted(missing))}"
+
+
+@constant
+def _flash_attn4_keywords() -> frozenset[str]:
+    from flash_attn.cute import flash_attn_func
+
+    return frozenset(inspect.signature(flash_attn_func).parameters)
+
+
 def _no_keys(call: Call) -> str | None:
     return "needs at least one key" if call.key_length == 0 else None
 
@@ -154,35 +179,59 @@ def _flash_attn(arguments: Arguments) -> Result:
     return result.transpose(1, 2)
 
 
+def _flash_attn4(arguments: Arguments) -> Result:
+    from flash_attn.cute import flash_attn_func
+
+    query, key, value, _, _, is_causal, scale, return_lse = arguments
+    with _device_of(arguments):
+        out, lse = flash_attn_func(
+            query.transpose(1, 2),  # its layout is (B, Q, H, D)
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            softmax_scale=scale,
+            causal=is_causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            return_lse=return_lse,
+        )
+    return (out.transpose(1, 2), lse) if return_lse else out.transpose(1, 2)
+
+
 def _sageattention(arguments: Arguments) -> Result:
     from sageattention import sageattn
 
     # 1.x subtracts the token mean of the key in place, in the caller's tensor: smooth a copy here.
     key = arguments.key - arguments.key.mean(dim=2, keepdim=True)
-    return sageattn(
-        arguments.query,
-        key,
-        arguments.value,
-        tensor_layout="HND",
-        is_causal=arguments.is_causal,
-        sm_scale=_scale(arguments),
-        smooth_k=False,
-    )
+    with _device_of(arguments):
+        return sageattn(
+            arguments.query,
+            key,
+            arguments.value,
+            tensor_layout="HND",
+            is_causal=arguments.is_causal,
+            sm_scale=_scale(arguments),
+            smooth_k=False,
+        )
 
 
 def _sageattention2(arguments: Arguments) -> Result:
     from sageattention import sageattn
 
     # `sageattn` swallows keywords that it does not know: only those of its signature are passed.
-    return sageattn(
-        arguments.query,
-        arguments.key,
-        arguments.value,
-        tensor_layout="HND",
-        is_causal=arguments.is_causal,
-        sm_scale=_scale(arguments),
-        return_lse=arguments.return_lse,
-    )
+    with _device_of(arguments):
+        return sageattn(
+            arguments.query,
+            arguments.key,
+            arguments.value,
+            tensor_layout="HND",
+            is_causal=arguments.is_causal,
+            sm_scale=_scale(arguments),
+            return_lse=arguments.return_lse,
+        )
+
+
+def _device_of(arguments: Arguments) -> torch.cuda.device:
+    """Make the tensors' device the current one, for wheels that launch on whichever is current."""
+    return torch.cuda.device(arguments.query.get_device())
 
 
 def _scale(arguments: Arguments) -> float:
@@ -251,6 +300,24 @@ TRITON = Backend(
     _triton,
     declines=_declines_triton,
 )
+FLASH_ATTN4 = Backend(
+    "flash_attn4",
+    Requires(
+        module="flash_attn.cute",  # of the wheel flash-attn-4
+        device="cuda",
+        capabilities=frozenset({(9, 0), (10, 0), (10, 3)}),
+        dtypes=HALF,
+        masks=frozenset(),
+        dropout=False,
+        lse_grad=False,
+        unequal_causal=False,
+        unequal_head_dims=False,
+        any_stride=False,
+        extra=(_no_keys, _no_queries, _flash_attn4_head_dim, _flash_attn4_version),
+    ),
+    _flash_attn4,
+    declines=_declines_unmeasured,
+)
 TRITON_INT8 = Backend(
     "triton_int8",
     Requires(
@@ -308,6 +375,6 @@ SAGEATTENTION = Backend(
 SDPA = Backend("sdpa", Requires(lse=False), _sdpa)
 
 CHAINS: dict[str, tuple[Backend, ...]] = {
-    "exact": (NATIVE, FLASH_ATTN, TRITON, SDPA),
+    "exact": (NATIVE, FLASH_ATTN, TRITON, FLASH_ATTN4, SDPA),
     "int8": (SAGEATTENTION2, SAGEATTENTION, TRITON_INT8, SDPA),
 }

@@ -111,7 +111,7 @@ def test_the_report_says_who_served_each_layer_and_why_nobody_before():
     row = handle.report()[0]
     assert row.layer == "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     assert (row.policy, row.shape, row.served_by) == (Policy(), (2, 2, 64, 64, 8), "sdpa")
-    assert list(row.reasons) == ["native", "flash_attn", "triton"]
+    assert list(row.reasons) == ["native", "flash_attn", "triton", "flash_attn4"]
     lines = str(handle.report()).splitlines()
     assert lines[1].endswith("sdpa       [1]") and lines[2].endswith("sdpa       [2]")
     notes = [line for line in lines[UNET.layers + 1 :] if line.startswith("[")]

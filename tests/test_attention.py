@@ -218,7 +218,7 @@ def test_one_key_does_not_hide_a_wrong_option():
 def test_explain_gives_a_sentence_for_each_backend_and_runs_nothing():
     explanation = explain(*tensors())
     assert explanation.chosen == "sdpa"
-    assert list(explanation.reasons) == ["native", "flash_attn", "triton", "sdpa"]
+    assert list(explanation.reasons) == ["native", "flash_attn", "triton", "flash_attn4", "sdpa"]
     assert re.search(r"flash_attn +flash_attn does not import", str(explanation))
     assert "sdpa serves" in str(explanation)
     meta = [tensor.to("meta") for tensor in tensors()]

@@ -1,5 +1,7 @@
 """The rows of the chains, and their adapters against wheels that record what they are given."""
 
+import contextlib
+import inspect
 import sys
 import types
 
@@ -7,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm4ts_kernels import backends
-from ldm4ts_kernels.backends import CHAINS, Arguments
+from ldm4ts_kernels import backends, requirements
+from ldm4ts_kernels.backends import CHAINS, FLASH_ATTN4, Arguments
 from ldm4ts_kernels.requirements import HALF, Call, Requires
 from tests.cases import Shape, draw
 
@@ -126,6 +128,101 @@ def test_flash_attn_returns_the_lse_beside_the_output(wheel):
     assert lse.shape == (1, 2, 5)
 
 
+@pytest.fixture
+def flash_attn4(monkeypatch):
+    """Install a fake flash_attn.cute on a fake Hopper, and return how it is called."""
+    calls = []
+
+    def flash_attn_func(
+        q, k, v, softmax_scale=None, causal=False, deterministic=False, return_lse=False
+    ):
+        calls.append((q.shape, softmax_scale, causal, deterministic))
+        heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=softmax_scale)
+        return out.transpose(1, 2), torch.zeros(out.shape[:3]) if return_lse else None
+
+    for name in ("flash_attn", "flash_attn.cute"):
+        module = types.ModuleType(name)
+        module.flash_attn_func = flash_attn_func
+        monkeypatch.setitem(sys.modules, name, module)
+    for module in (backends, requirements):
+        monkeypatch.setattr(module, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(requirements, "import_error", lambda module: None)
+    monkeypatch.setattr(backends, "_flash_attn4_keywords", flash_attn4_keywords)
+    return calls
+
+
+def flash_attn4_keywords():
+    """Read the signature anew: the package itself reads it once a process."""
+    return frozenset(inspect.signature(sys.modules["flash_attn.cute"].flash_attn_func).parameters)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_flash_attn4_is_given_its_own_layout_and_returns_ours(flash_attn4, return_lse):
+    given = arguments(scale=0.25, return_lse=return_lse)
+    result = backends._flash_attn4(given)
+    out = result[0] if return_lse else result
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*given[:3], scale=0.25))
+    assert flash_attn4 == [((1, 5, 2, 64), 0.25, False, False)]
+    if return_lse:
+        assert result[1].shape == (1, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"head_dim": 256, "value_dim": 256}, None),
+        ({"device": CPU}, "needs a cuda device, got cpu"),
+        ({"dtype": torch.float32}, "takes bfloat16, float16, got float32"),
+        ({"head_dim": 44, "value_dim": 44}, "takes head dims up to 256 that 8 divides, got 44"),
+        ({"head_dim": 512, "value_dim": 512}, "takes head dims up to 256 that 8 divides, got 512"),
+        ({"value_dim": 32}, "needs one head dim, got 64 in query and 32 in value"),
+        ({"mask": "boolean"}, "takes no boolean mask"),
+        ({"dropout": True}, "has no dropout"),
+        ({"is_causal": True}, "no top-left causal mask for unequal query and key lengths"),
+        ({"is_causal": True, "key_length": 5}, None),
+        ({"return_lse": True}, None),
+        ({"return_lse": True, "needs_grad": True}, "returns an LSE that carries no gradient"),
+        ({"unit_stride": False}, "needs stride 1"),
+        ({"key_length": 0}, "needs at least one key"),
+    ],
+)
+def test_flash_attn4_serves_by_name_what_it_can_and_auto_leaves_it_alone(
+    flash_attn4, change, reason
+):
+    call = CALL._replace(device=torch.device("cuda", 0))._replace(**change)
+    reasons = FLASH_ATTN4.requires.unmet(call)
+    assert [reason in found for found in reasons] == ([] if reason is None else [True])
+    assert "not yet measured" in FLASH_ATTN4.declines(call._replace(device=torch.device("cuda", 0)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "reason"),
+    [
+        ((8, 0), 64, "is built for sm_90, sm_100, sm_103 alone, got sm_80"),
+        ((12, 0), 64, "alone, got sm_120"),
+        ((10, 0), 128, None),
+        ((10, 0), 160, "takes head dims up to 128 that 8 divides, got 160"),
+    ],
+)
+def test_flash_attn4_knows_its_gpus(flash_attn4, monkeypatch, capability, head_dim, reason):
+    for module in (backends, requirements):
+        monkeypatch.setattr(module, "capability", lambda device: capability)
+    call = CALL._replace(device=torch.device("cuda", 0), head_dim=head_dim, value_dim=head_dim)
+    reasons = FLASH_ATTN4.requires.unmet(call)
+    assert [reason in found for found in reasons] == ([] if reason is None else [True])
+
+
+def test_a_flash_attn4_of_another_interface_is_a_reason(flash_attn4, monkeypatch):
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False): ...
+
+    monkeypatch.setattr(sys.modules["flash_attn.cute"], "flash_attn_func", flash_attn_func)
+    assert FLASH_ATTN4.requires.unmet(CALL._replace(device=torch.device("cuda", 0))) == [
+        "needs a flash-attn-4 whose flash_attn_func knows deterministic, return_lse"
+    ]
+
+
 def test_sageattention_1_does_not_change_the_callers_key(wheel):
     def smooth_in_place(query, key, value):
         key -= key.mean(2, keepdim=True)  # what 1.0.6 does
@@ -150,6 +247,33 @@ def test_sageattention_2_is_given_only_keywords_of_its_signature(wheel):
         backends._sageattention2(arguments(scale=0.5))
     assert set(calls[0][1]) == {"tensor_layout", "is_causal", "sm_scale", "return_lse"}
     assert calls[0][1]["sm_scale"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "adapter"),
+    [
+        ("sageattention", "sageattn", backends._sageattention),
+        ("sageattention", "sageattn", backends._sageattention2),
+        ("flash_attn.cute", "flash_attn_func", backends._flash_attn4),
+    ],
+)
+def test_a_wheel_that_launches_on_the_current_device_runs_on_that_of_its_tensors(
+    wheel, monkeypatch, module, function, adapter
+):
+    events = []
+
+    @contextlib.contextmanager
+    def device(index):
+        events.append(index)
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 1)
+    wheel(module, function, lambda query, key, value: events.append("runs") or (query, None))
+    with torch.no_grad():
+        adapter(arguments())
+    assert events == [1, "runs", "left"]
 
 
 @pytest.mark.parametrize(

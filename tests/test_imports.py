@@ -13,6 +13,7 @@ OPTIONAL = ("triton", "sageattention", "flash_attn", "xformers", "diffusers", "t
 BROKEN = {
     "raise ImportError('libcudart.so.11.0: cannot open shared object file')": "libcudart.so.11.0",
     "raise OSError('undefined symbol: _ZN3c104cuda')": "undefined symbol",
+    "raise ImportError('undefined symbol: _ZNK3c105Error4whatEv (another torch)')": "another torch",
     "import a_module_that_nobody_has": "a_module_that_nobody_has",
     "from math import nothing_of_this_name": "nothing_of_this_name",
     "import ctypes; ctypes.CDLL('lib_of_another_cuda.so')": "lib_of_another_cuda",
@@ -80,6 +81,15 @@ def test_a_broken_wheel_is_a_reason_not_a_crash(statement, tmp_path):
     assert "flash_attn does not import" in explained
     assert "sageattention does not import" in explained
     assert explained.count(BROKEN[statement]) >= 2
+
+
+def test_a_flash_attn4_without_its_compiler_is_a_reason_not_a_crash(tmp_path):
+    (tmp_path / "flash_attn").mkdir()  # the wheel puts no __init__.py here
+    (tmp_path / "flash_attn" / "cute").mkdir()
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("import cutlass.cute\n")
+    lines = {line.split()[0]: line for line in run(ATTEND, path=tmp_path).splitlines() if line}
+    assert "flash_attn.cute does not import: No module named 'cutlass" in lines["flash_attn4"]
+    assert "needs flash_attn 2.x, found 0" in lines["flash_attn"]
 
 
 def test_a_broken_triton_is_a_reason_not_a_crash(tmp_path):
