@@ -1,5 +1,7 @@
 """`ldm4ts train | forecast`: parse, call, print. What a run does is decided below this file."""
 
+import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm4ts_kernels import __version__
-from ldm4ts_kernels.data import DATASETS, OptionError
+from ldm4ts_kernels.data import DATASETS, DataConfig, OptionError
 from ldm4ts_kernels.evaluation import Evaluation
 from ldm4ts_kernels.forecasting import LEVELS, Forecast, forecast
 from ldm4ts_kernels.plots import save_fan_chart
 from ldm4ts_kernels.progress import TrainingProgress
+from ldm4ts_kernels.run_file import parse_horizons, parse_names, read_run_file
 from ldm4ts_kernels.runs import PRESET_DEFAULTS, TrainConfig, plan
 from ldm4ts_kernels.training import train
 
@@ -67,17 +70,6 @@ def _option(flags: str, text: str, panel: str, default_of: str = "") -> Any:
     return typer.Option(*flags.split(), help=text, rich_help_panel=panel, show_default=False)
 
 
-def _parse_horizons(text: str) -> tuple[int, ...]:
-    """Read `1,5,20` or `1-96`."""
-    first, dash, last = text.partition("-")
-    try:
-        if dash:
-            return tuple(range(int(first), int(last) + 1))
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise OptionError(f"horizons: expected `1,5,20` or `1-96`, got {text!r}") from error
-
-
 Name = Annotated[str | None, _option("--data", f"{', '.join(DATASETS)} (default: sp500).", "Data")]
 DataPath = Annotated[str | None, _option("--data-path", "CSV file of etth1, etth2, csv.", "Data")]
 Timestamp = Annotated[str | None, _option("--timestamp", "Column of the times.", "Data")]
@@ -104,6 +96,14 @@ Checkpointing = Annotated[
     ),
 ]
 
+ModelFields = Annotated[
+    list[str] | None,
+    _option("--model-field", "Any other of LDM4TSConfig: `dropout=0.2`; repeatable.", "Model"),
+]
+
+RunFile = Annotated[
+    Path | None, _option("--config", "YAML or JSON file of options; flags win over it.", "Run")
+]
 Output = Annotated[str | None, _option("--output -o", "Run directory (default: runs/DATA).", "Run")]
 Resume = Annotated[
     bool, _option("--resume", "Go on with the run in --output, with its options.", "Run")
@@ -113,6 +113,12 @@ Precision = Annotated[str | None, _option("--precision", "auto, fp32, bf16.", "R
 Seed = Annotated[int | None, _option("--seed", "Of weights, data order and noise", "Run", "seed")]
 CheckpointEvery = Annotated[
     int | None, _option("--checkpoint-every", "In steps", "Run", "checkpoint_every")
+]
+KeepCheckpoints = Annotated[
+    int | None, _option("--keep-checkpoints", "Newest ones", "Run", "keep_checkpoints")
+]
+LogEvery = Annotated[
+    int | None, _option("--log-every", "In steps (default: GPU 10, CPU 1).", "Run")
 ]
 
 Steps = Annotated[int | None, _option("--steps", "Of the forecaster", "Optimisation", "steps")]
@@ -128,6 +134,24 @@ BatchSize = Annotated[
 LearningRate = Annotated[
     float | None,
     _option("--learning-rate", "At its peak, of the forecaster", "Optimisation", "learning_rate"),
+]
+AutoencoderLearningRate = Annotated[
+    float | None,
+    _option(
+        "--autoencoder-learning-rate",
+        "At its peak, of the autoencoder",
+        "Optimisation",
+        "autoencoder_learning_rate",
+    ),
+]
+WarmupSteps = Annotated[
+    int | None, _option("--warmup-steps", "To the peak", "Optimisation", "warmup_steps")
+]
+WeightDecay = Annotated[
+    float | None, _option("--weight-decay", "Of AdamW", "Optimisation", "weight_decay")
+]
+GradientClip = Annotated[
+    float | None, _option("--gradient-clip", "Largest norm", "Optimisation", "gradient_clip")
 ]
 
 ValidateEvery = Annotated[
@@ -158,16 +182,24 @@ def train_command(
     image_size: ImageSize = None,
     attention_backend: Attention = None,
     gradient_checkpointing: Checkpointing = None,
+    model_field: ModelFields = None,
+    config_file: RunFile = None,
     output: Output = None,
     resume: Resume = False,
     device: Device = None,
     precision: Precision = None,
     seed: Seed = None,
     checkpoint_every: CheckpointEvery = None,
+    keep_checkpoints: KeepCheckpoints = None,
+    log_every: LogEvery = None,
     steps: Steps = None,
     autoencoder_steps: AutoencoderSteps = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
+    autoencoder_learning_rate: AutoencoderLearningRate = None,
+    warmup_steps: WarmupSteps = None,
+    weight_decay: WeightDecay = None,
+    gradient_clip: GradientClip = None,
     validate_every: ValidateEvery = None,
     eval_windows: EvalWindows = None,
     eval_samples: EvalSamples = None,
@@ -177,15 +209,7 @@ def train_command(
 
     Without a GPU, `ldm4ts train --data sp500` takes about two minutes on two cores.
     """
-    options = dict(locals())
-    size = options.pop("image_size")
-    of_data = ("name", "path", "timestamp", "columns", "targets", "history", "horizons", "period")
-    data = {key: options.pop(key) for key in of_data}
-    given = {key: value for key, value in options.items() if value is not None}
-    given["data"] = {key: _parse_data(key, value) for key, value in data.items() if value}
-    if size is not None:
-        given["model_fields"] = {"image_size": [size, size]}
-    config = plan(given)
+    config = plan(_given(dict(locals())))
     note(f"{config.data.name}: preset {config.preset}, {config.device}, {config.precision}, "
           f"{config.autoencoder_steps} + {config.steps} steps of {config.batch_size} windows "
           f"-> {config.output}")  # fmt: skip
@@ -195,10 +219,38 @@ def train_command(
     out.print(f"{result.seconds:.0f} s. Forecast: ldm4ts forecast {result.directory}", markup=False)
 
 
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, as `plan` takes them: the flags over the file's."""
+    file, size = flags.pop("config_file"), flags.pop("image_size")
+    flags["resume"] = flags["resume"] or None  # left out, it is the file's
+    fields = dict(_parse_field(text) for text in flags.pop("model_field") or ())
+    if size is not None:
+        fields["image_size"] = [size, size]
+    of_data = [entry.name for entry in dataclasses.fields(DataConfig)]
+    data = {name: flags.pop(name) for name in of_data}
+    data = {name: _parse_data(name, value) for name, value in data.items() if value is not None}
+    given = {} if file is None else read_run_file(file)
+    given.update((name, value) for name, value in flags.items() if value is not None)
+    for name, over in (("data", data), ("model_fields", fields)):
+        if over:
+            given[name] = {**given.get(name, {}), **over}
+    return given
+
+
 def _parse_data(name: str, value: Any) -> Any:
     if name in ("columns", "targets"):
-        return tuple(part.strip() for part in value.split(","))
-    return _parse_horizons(value) if name == "horizons" else value
+        return parse_names(value)
+    return parse_horizons(value) if name == "horizons" else value
+
+
+def _parse_field(text: str) -> tuple[str, Any]:
+    """Read `name=value`, the value as JSON: `dropout=0.2`, `unet_channels=[32, 64]`."""
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError as error:
+        what = f"expected name=value with the value as JSON, got {text!r}"
+        raise OptionError(f"model_field: {what}") from error
 
 
 @app.command("forecast")

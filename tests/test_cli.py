@@ -1,5 +1,7 @@
 """The command: exit codes, one-line errors, and a run from training to forecast."""
 
+import dataclasses
+import inspect
 import json
 import os
 import shlex
@@ -11,7 +13,10 @@ import pandas as pd
 import pytest
 from tiny_run import write_series
 
-from ldm4ts_kernels import __version__, cli
+from ldm4ts_kernels import __version__, cli, commands
+from ldm4ts_kernels.data import DataConfig
+from ldm4ts_kernels.run_file import read_run_file
+from ldm4ts_kernels.runs import TrainConfig, plan, read_config
 
 TRAIN = shlex.split("""train --data csv --timestamp time --target c --history 24 --horizons 1-3
     --period 6 --device cpu --image-size 32 --steps 2 --autoencoder-steps 2 --batch-size 2
@@ -67,6 +72,41 @@ def test_training_writes_the_run_and_its_options(run_directory):
     assert (run / "model" / "model.safetensors").exists()
 
 
+def test_every_option_of_a_run_is_a_flag():
+    taken = set(inspect.signature(commands.train_command).parameters)
+    named = {"model_fields": {"image_size", "model_field"}, "data": set()}
+    for options in (TrainConfig, DataConfig):
+        for option in dataclasses.fields(options):
+            assert named.get(option.name, {option.name}) <= taken
+
+
+def test_a_file_gives_options_and_flags_win(monkeypatch, ldm4ts, tmp_path):
+    planned = []
+
+    def train(config: TrainConfig, _show: object) -> None:
+        planned.append(config)
+        raise RuntimeError("planned")
+
+    monkeypatch.setattr(commands, "train", train)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data: {name: sp500, horizons: 1-3, history: 48}\nmodel_fields: {dropout: 0.3}\n"
+        "learning_rate: 1e-4\nsteps: 7\nseed: 5\ngradient_checkpointing: true\ndevice: cpu\n"
+    )
+    flags = "--steps 9 --seed 0 --history 60 --no-gradient-checkpointing --model-field d_model=64"
+    assert ldm4ts("train", "--config", str(file), *flags.split())[0] == 1
+    (config,) = planned
+    assert (config.steps, config.seed, config.learning_rate) == (9, 0, 1e-4)
+    assert (config.data.horizons, config.data.history) == ((1, 2, 3), 60)
+    assert config.model_fields == {"dropout": 0.3, "d_model": 64}
+    assert config.gradient_checkpointing is False
+
+
+def test_a_run_can_be_repeated_from_its_own_configuration(run_directory):
+    stored = read_run_file(run_directory / "run" / "config.json")
+    assert plan(stored) == read_config(run_directory / "run")
+
+
 def test_resuming_needs_no_option_but_the_directory_and_prints_the_scores(ldm4ts, run_directory):
     code, out, err = ldm4ts("train", "--output", str(run_directory / "run"), "--resume")
     assert code == 0
@@ -102,6 +142,8 @@ def test_backends_says_what_serves_here_and_why_not_the_others(ldm4ts):
         ("train --horizons 1;2", 2, "horizons: expected `1,5,20` or `1-96`, got '1;2'"),
         ("train --resume", 2, "resume: name the run's directory"),
         ("train --steps 0", 2, "steps: expected at least 1, got 0"),
+        ("train --model-field dropout", 2, "model_field: expected name=value"),
+        ("train --config nowhere.yaml", 2, "config: nowhere.yaml is not readable"),
         ("forecast nowhere", 2, "nowhere holds no run"),
     ],
 )

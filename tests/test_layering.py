@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = "ldm4ts_kernels"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
-    ("reference", "requirements", "memory_trace", "kernels.primitives", "kernels.tuning"),
+    ("reference", "requirements", "memory_trace", "graphs", "kernels.primitives", "kernels.tuning"),
     ("kernels.problem", "kernels.flops"),
     ("kernels.flash_forward", "kernels.quantize"),
     ("kernels.flash_backward", "kernels.int8_forward"),
@@ -23,6 +23,7 @@ LAYERS = (
     ("model_memory",),
     ("vram", "data", "metrics", "checkpoints", "process"),
     ("runs", "evaluation", "plots"),
+    ("run_file",),
     ("training",),
     ("forecasting", "progress"),
     ("commands", "doctor", "panel"),
