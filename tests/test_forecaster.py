@@ -216,7 +216,7 @@ def test_one_sample_has_no_spread_and_no_nan():
 def test_statistics_are_those_of_the_draws_and_the_mean_that_of_their_locations():
     model = ready(targets=(2, 0))
     draws = model.sample(windows(), num_samples=7, generator=seeded())
-    locations, _ = model._draw(windows(), 7, None, seeded())
+    locations, _ = model.draw(windows(), 7, None, seeded())
     forecast = model(windows(), num_samples=7, generator=seeded())
     assert draws.shape == (7, 3, 2, 2)
     torch.testing.assert_close(forecast["mean"], locations.mean(dim=0))

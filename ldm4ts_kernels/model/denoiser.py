@@ -1,11 +1,16 @@
 """The latent diffusion: the U-Net, the schedule of the noise, and the way back from it."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from ldm4ts_kernels.graphs import GraphedCall, Recorder
 from ldm4ts_kernels.model.config import LDM4TSConfig, norm_groups
+
+DenoisingStep = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def build_unet(config: LDM4TSConfig, latent_channels: int, latent_size: tuple[int, int]) -> Any:
@@ -74,18 +79,67 @@ class NoiseProcess(nn.Module):
 
     def sample(
         self,
-        unet: nn.Module,
+        denoise: DenoisingStep,
         noise: Tensor,  # (B, Z, h, w)
         tokens: Tensor,  # (B, T, width)
         steps: int,
     ) -> Tensor:
         """Return clean latents from noise, (B, Z, h, w): deterministic DDIM (Song et al., 2021)."""
+        timesteps, alpha_before = (row.to(noise.device) for row in self._schedule(steps))
+        inputs, clean = {"noisy": noise, "tokens": tokens}, noise
+        for step in range(steps):  # slices of one element: a number would wait for the device
+            inputs["timestep"] = timesteps[step : step + 1]
+            inputs["alpha_before"] = alpha_before[step : step + 1]
+            outputs = denoise(inputs)
+            inputs["noisy"], clean = outputs["noisy"], outputs["clean"]
+        return clean.clone()  # a graph's own is overwritten by its next replay
+
+    def denoise(
+        self,
+        unet: nn.Module,
+        inputs: dict[str, Tensor],  # noisy (B, Z, h, w), tokens (B, T, width), timestep (1,), …
+    ) -> dict[str, Tensor]:
+        """Return "clean", z_0, and "noisy", √ᾱ_s z_0 + √(1 - ᾱ_s) ε at the time s that follows.
+
+        inputs["alpha_before"], (1,), is ᾱ_s. DDIM (Song et al., 2021), equation 12 with σ = 0.
+        """
+        noisy, timestep, alpha = inputs["noisy"], inputs["timestep"], inputs["alpha_before"]
+        kind = noisy.device.type
+        # A weight's cast would be kept where a captured graph cannot rely on it.
+        with torch.autocast(
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        ):
+            predicted = unet(noisy, timestep, inputs["tokens"], return_dict=False)[0].float()
+        clean = self.estimate_clean(noisy, predicted, timestep)
+        return {"clean": clean, "noisy": alpha.sqrt() * clean + (1 - alpha).sqrt() * predicted}
+
+    def _schedule(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Return DDIM's times, latest first, and ᾱ at the time that follows each: (steps,) each."""
         # Trailing steps start at the last t, where the latent really is the noise we start from.
         scheduler: Any = DDIMScheduler.from_config(self.schedule, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
-        noisy, clean = noise, noise
-        for timestep in scheduler.timesteps.tolist():  # on the host: no synchronisation
-            predicted = unet(noisy, timestep, tokens, return_dict=False)[0].float()
-            clean = self.estimate_clean(noisy, predicted, timestep)
-            noisy = scheduler.step(predicted, timestep, noisy, return_dict=False)[0]
-        return clean
+        before = scheduler.timesteps - self.steps // steps
+        alphas = scheduler.alphas_cumprod[before.clamp_min(0)]
+        return scheduler.timesteps, alphas.where(before >= 0, scheduler.final_alpha_cumprod)
+
+
+class GraphedDenoiser:
+    """A denoising step as one CUDA graph, as wide as its widest call; narrower ones are padded."""
+
+    def __init__(self, denoise: DenoisingStep, device: torch.device, recorder: Recorder) -> None:
+        self.call = GraphedCall("sampling", denoise, device, recorder)
+        self.width = 0
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        count = len(inputs["noisy"])
+        self.width = max(self.width, count)
+        wide = {
+            name: torch.cat([value, value.new_zeros(self.width - count, *value.shape[1:])])
+            for name, value in inputs.items()
+            if name in ("noisy", "tokens")
+        }
+        outputs = self.call({**inputs, **wide})
+        return {name: value[:count] for name, value in outputs.items()}

@@ -8,6 +8,7 @@ arXiv 2502.14887.
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ldm4ts_kernels.diffusers_integration import patch_unet_attention
+from ldm4ts_kernels.graphs import Recorder
 from ldm4ts_kernels.model.autoencoder import ImageAutoencoder
 from ldm4ts_kernels.model.conditioning import Conditioner, TextConditioner
 from ldm4ts_kernels.model.config import resolve_config
-from ldm4ts_kernels.model.denoiser import NoiseProcess, build_unet
+from ldm4ts_kernels.model.denoiser import (
+    DenoisingStep,
+    GraphedDenoiser,
+    NoiseProcess,
+    build_unet,
+)
 from ldm4ts_kernels.model.pretrained import load_weights, read_config, write_checkpoint
 from ldm4ts_kernels.model.temporal import (
     ForecastHead,
@@ -41,6 +48,7 @@ from ldm4ts_kernels.model.windows import (
 # Training targets are bounded, in standard deviations of their window: a window that was flat and
 # then moves would otherwise outweigh all others together.
 TARGET_LIMIT = 20.0
+DECODED_AT_ONCE = 16  # images of a forecast
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 
@@ -97,6 +105,7 @@ class LDM4TSModel(nn.Module):
                 backend=attention_backend,
                 enable_gradient_checkpointing=enable_gradient_checkpointing,
             )
+        self.graphed_denoiser: GraphedDenoiser | None = None
         self.to(target_device)
 
     @property
@@ -190,6 +199,11 @@ class LDM4TSModel(nn.Module):
 
     # Forecasting
 
+    def graph_sampling(self, recorder: Recorder) -> None:
+        """Take the denoising steps of draws by CUDA graphs; weights must stay where they are."""
+        step = partial(self.noise_process.denoise, self.unet)
+        self.graphed_denoiser = GraphedDenoiser(step, self.device, recorder)
+
     @torch.no_grad()
     def sample(
         self,
@@ -204,16 +218,17 @@ class LDM4TSModel(nn.Module):
         draw is the location itself. The name is the guide's: any V variates serve.
         Raises ValueError for wrong shapes, NaN or infinity, or too many sampling steps.
         """
-        return self._draw(ohlcv, num_samples, sampling_steps, generator)[1]
+        return self.draw(ohlcv, num_samples, sampling_steps, generator)[1]
 
     @torch.no_grad()
-    def _draw(
+    def draw(
         self,
-        ohlcv: Tensor,
+        ohlcv: Tensor,  # (B, L, V) or (L, V)
         num_samples: int,
-        sampling_steps: int | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:  # locations and draws, each (S, B, T, C), in units of the input
+        sampling_steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the draws' locations, and the draws as `sample` does: each (S, B, T, C)."""
         history = as_windows("ohlcv", ohlcv, self.config, self.device)
         check_finite("ohlcv", history)
         _check_count("num_samples", num_samples)
@@ -223,9 +238,9 @@ class LDM4TSModel(nn.Module):
         with _evaluating(self):
             tokens = self.conditioner(series).repeat(num_samples, 1, 1)  # (S * B, tokens, width)
             noise = randn_tensor((len(tokens), *self.latent_shape), generator, self.device)
-            latents = self.noise_process.sample(self.unet, noise, tokens, steps)
+            latents = self.noise_process.sample(self._denoising_step(), noise, tokens, steps)
             temporal = self._encode_targets(series).repeat(num_samples, 1, 1)  # (S * B, C, width)
-            location, scale = self._read_forecast(latents, temporal)
+            location, scale = self._read_forecast(latents, temporal, DECODED_AT_ONCE)
         draws = location
         if num_samples > 1:
             draws = location + scale * randn_tensor(location.shape, generator, self.device)
@@ -250,7 +265,7 @@ class LDM4TSModel(nn.Module):
         draws' own without the noise of the scale; std is the draws' (divided by S, so 0 for one).
         Units, and errors, as for `sample`. No gradient: training goes through `loss`.
         """
-        locations, draws = self._draw(ohlcv, num_samples, sampling_steps, generator)
+        locations, draws = self.draw(ohlcv, num_samples, sampling_steps, generator)
         if current_price is not None:
             history = as_windows("ohlcv", ohlcv, self.config, self.device)
             price = as_prices(current_price, len(history), self.config, self.device)
@@ -297,9 +312,14 @@ class LDM4TSModel(nn.Module):
         self,
         latents: Tensor,  # (B, Z, h, w), clean
         temporal: Tensor,  # (B, C, width)
+        at_once: int | None = None,  # images decoded together: each takes more than its denoising
     ) -> tuple[Tensor, Tensor]:  # location and scale, each (B, T, C)
-        visual = self.visual(self.autoencoder.decode(latents))
+        parts = latents.split(at_once or len(latents))
+        visual = torch.cat([self.visual(self.autoencoder.decode(part)) for part in parts])
         return self.head(self.fusion(temporal, visual))
+
+    def _denoising_step(self) -> DenoisingStep:
+        return self.graphed_denoiser or partial(self.noise_process.denoise, self.unet)
 
     def _encode_targets(
         self,
