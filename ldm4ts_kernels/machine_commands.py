@@ -1,4 +1,4 @@
-"""`ldm4ts backends | estimate | recommend`: what this machine has, and what fits it."""
+"""`ldm4ts doctor | backends | bench | estimate | recommend`: the machine, and what fits it."""
 
 import json
 from dataclasses import asdict
@@ -9,9 +9,52 @@ import typer
 from rich.table import Table
 
 from ldm4ts_kernels import explain
+from ldm4ts_kernels.backends import CHAINS
+from ldm4ts_kernels.bench import time_attention
 from ldm4ts_kernels.commands import app, note, out
 from ldm4ts_kernels.data import OptionError
+from ldm4ts_kernels.doctor import BackendFinding, diagnose
 from ldm4ts_kernels.vram import GIB, estimate_vram_usage, recommend
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Show GPU, driver, torch, the extras and the backends; and the command that mends each."""
+    found = diagnose()
+    if as_json:
+        out.print_json(json.dumps(found.as_dict()))
+        return
+    fixes: dict[str, None] = {}  # in the order of appearance, each once
+    for finding in found.machine:
+        mark = {True: "ok", False: "missing", None: "-"}[finding.ok]
+        _line(f"{mark:<8} {finding.name:<17} {finding.found}")
+        if finding.fix and finding.ok is False:
+            fixes[finding.fix] = None
+    for backend in found.backends:
+        _line(f"{_verdict(backend):<8} {backend.precision:<6} {_described(backend)}")
+        if backend.fix and not backend.trains:
+            fixes[backend.fix] = None
+    _line("")
+    _line(
+        "\n".join(["To mend or to add:", *(f"  {fix}" for fix in fixes)]) if fixes else "All there."
+    )
+
+
+def _verdict(backend: BackendFinding) -> str:
+    if backend.chosen:
+        return "serves"
+    return "by name" if backend.trains else "infers" if backend.infers else "no"
+
+
+def _described(backend: BackendFinding) -> str:
+    reasons = "; ".join(backend.reasons) or "could serve"
+    return f"{backend.name:<15} " + ("auto takes it" if backend.chosen else reasons)
+
+
+def _line(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("backends")
@@ -19,22 +62,46 @@ def backends_command(
     head_dim: Annotated[int, typer.Option("--head-dim", help="Width of a head.")] = 64,
     tokens: Annotated[int, typer.Option("--tokens", help="Queries and keys.")] = 1024,
     training: Annotated[bool, typer.Option("--training", help="A gradient is needed.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say which attention backends this machine has, and why not the others."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float)
     query = torch.zeros(1, 8, tokens, head_dim, device=device, dtype=dtype, requires_grad=training)
+    chains = {name: explain(query, query, query, precision=name) for name in CHAINS}
+    if as_json:
+        shown = {
+            name: {"chosen": explained.chosen, "reasons": dict(explained.reasons)}
+            for name, explained in chains.items()
+        }
+        out.print_json(json.dumps(shown))
+        return
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     kind = "training" if training else "inference"
     note(f"{where}, {dtype}, {kind}, {tokens} tokens, head dim {head_dim}")
-    for precision in ("exact", "int8"):
-        explained = explain(query, query, query, precision=precision)
+    for precision, explained in chains.items():
         for name, reasons in explained.reasons.items():
             verdict = "serves" if name == explained.chosen else "could serve"
-            line = f"{precision:<6} {name:<14} {'; '.join(reasons) or verdict}"
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+            _line(f"{precision:<6} {name:<14} {'; '.join(reasons) or verdict}")
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+@app.command("bench")
+def bench_command(
+    shape: Annotated[str, typer.Argument(help="BxHxQxKxD.")] = "4x8x784x784x40",
+    backward: Annotated[bool, typer.Option("--backward", help="Both passes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time attention against its peers on this GPU, with the benchmark suite's own functions."""
+    rows = list(time_attention(shape, backward))
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    table = Table("backend", "device ms", "eager ms", "TFLOP/s", "refusal")
+    for row in rows:
+        cells = (row[name] for name in ("backend", "device_ms", "eager_ms", "tflops", "refusal"))
+        table.add_row(*map(str, cells))
+    out.print(table)
+
+
 Windows = Annotated[int, typer.Option("--batch-size", help="Windows in a step.")]
 Model = Annotated[str, typer.Option("--preset", help="paper, guide.")]
 Pixels = Annotated[

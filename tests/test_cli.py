@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from tiny_run import write_series
 
 from ldm4ts_kernels import __version__, cli, commands
@@ -133,6 +134,37 @@ def test_backends_says_what_serves_here_and_why_not_the_others(ldm4ts):
     assert all(len(line.split()) >= 3 for line in lines)
 
 
+def test_the_doctor_fits_one_screen_and_ends_with_what_to_do(ldm4ts):
+    code, out, _ = ldm4ts("doctor")
+    lines = out.splitlines()
+    assert code == 0
+    assert len(lines) <= 40
+    assert any(line.split()[:2] == ["ok", "torch"] for line in lines)
+    assert sum(line.startswith("serves") for line in lines) == 2
+    assert "To mend or to add:" in lines or lines[-1] == "Nothing to install."
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("doctor", "backends"),
+        ("backends --tokens 64", "int8"),
+        ("estimate --preset paper --part unet", "total_estimated_gb"),
+    ],
+)
+def test_json_is_all_that_stdout_holds(ldm4ts, command, key):
+    code, out, _ = ldm4ts(*command.split(), "--json")
+    assert code == 0
+    assert key in json.loads(out)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures on a GPU")
+def test_bench_says_that_nothing_was_measured_without_a_gpu(ldm4ts):
+    code, _, err = ldm4ts("bench")
+    assert code == 1
+    assert "torch finds none: nothing was measured" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -144,6 +176,7 @@ def test_backends_says_what_serves_here_and_why_not_the_others(ldm4ts):
         ("train --steps 0", 2, "steps: expected at least 1, got 0"),
         ("train --model-field dropout", 2, "model_field: expected name=value"),
         ("train --config nowhere.yaml", 2, "config: nowhere.yaml is not readable"),
+        ("bench 4x8", 2, "shape: expected BxHxQxKxD"),
         ("forecast nowhere", 2, "nowhere holds no run"),
     ],
 )

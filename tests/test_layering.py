@@ -25,8 +25,9 @@ LAYERS = (
     ("runs", "evaluation", "plots"),
     ("run_file",),
     ("training",),
-    ("forecasting", "progress"),
-    ("commands", "doctor", "panel"),
+    ("forecasting", "progress", "doctor", "bench"),
+    ("panel",),
+    ("commands",),
     ("machine_commands",),
     ("cli",),
 )
