@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import AutocastKwargs
 
 
 @dataclass
@@ -30,7 +30,8 @@ def accelerator_of_one_run(device: str, precision: str) -> Iterator[Accelerator]
         accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision="bf16" if precision == "bf16" else "no",
-            dataloader_config=DataLoaderConfiguration(non_blocking=device == "cuda"),
+            # A cached cast of a weight outlives the block that needs it, and a graph's capture.
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )
         if accelerator.num_processes > 1:
             raise RuntimeError("training runs in one process; start it without a launcher")

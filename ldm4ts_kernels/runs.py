@@ -85,6 +85,7 @@ class TrainConfig:
     # The optimisation
     device: str = "cpu"
     precision: str = "fp32"  # of the autocast; weights and losses are fp32
+    cuda_graphs: bool = True  # on a GPU: a step, and a step of sampling, as one launch
     seed: int = 0
     steps: int = 300
     batch_size: int = 16

@@ -10,18 +10,18 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
+from ldm4ts_kernels.batches import SeededBatches
 from ldm4ts_kernels.checkpoints import (
     STAGES,
     Position,
@@ -34,9 +34,22 @@ from ldm4ts_kernels.checkpoints import (
 from ldm4ts_kernels.data import OptionError, Series, Splits, load_splits
 from ldm4ts_kernels.diffusers_integration import served_by
 from ldm4ts_kernels.evaluation import Evaluation, evaluate
+from ldm4ts_kernels.graphs import CudaGraphs, GraphedCall
 from ldm4ts_kernels.model import LDM4TSModel
+from ldm4ts_kernels.optimizers import build_optimizer, set_learning_rate
 from ldm4ts_kernels.process import StopRequest, accelerator_of_one_run, stop_requests
 from ldm4ts_kernels.runs import Run, TrainConfig, open_run
+from ldm4ts_kernels.training_log import StepLog, StepReport, TrainingError
+from ldm4ts_kernels.training_step import StageLoss, TrainingStep
+
+__all__ = [
+    "StepReport",
+    "TrainResult",
+    "TrainingError",
+    "TrainingInterrupted",
+    "learning_rate_at",
+    "train",
+]
 
 logger = logging.getLogger("ldm4ts_kernels")
 
@@ -44,27 +57,8 @@ FREEZING_WINDOWS = 64  # training windows whose latents set the autoencoder's sc
 FINAL_LEARNING_RATE = 0.1  # of the cosine's start
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step and what to do."""
-
-
 class TrainingInterrupted(Exception):
     """The run was asked to stop and did, with a checkpoint to resume from."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a step has come to; `on_step` gets one every `log_every` steps, and while testing."""
-
-    stage: str  # "autoencoder" | "forecaster" | "test"
-    step: int
-    steps: int
-    losses: dict[str, float]
-    learning_rate: float | None = None
-    steps_per_second: float | None = None
-    peak_gib: float | None = None  # allocated on the GPU since the stage began; None on a CPU
-    attention: str | None = None  # backends that serve, with their numbers of layers
-    validation: dict[str, dict[str, float]] | None = None  # mse and mae by forecaster
 
 
 @dataclass(frozen=True)
@@ -77,46 +71,6 @@ class TrainResult:
 
 
 OnStep = Callable[[StepReport], bool | None]
-
-
-class SeededBatches(Sampler[list[int]]):
-    """Batches `first` .. `last` - 1 of an endless shuffled order that (seed, epoch) alone decide.
-
-    A step's batch depends on nothing drawn before it, so that a run can resume at any step.
-    """
-
-    drop_last = True  # with batch_size, what Accelerate asks of a batch sampler
-
-    def __init__(self, size: int, batch_size: int, seed: int, first: int, last: int) -> None:
-        self.size, self.seed, self.first, self.last = size, seed, first, last
-        self.batch_size = min(batch_size, size)
-
-    def __len__(self) -> int:
-        return max(0, self.last - self.first)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.size // self.batch_size
-        shuffled_epoch, order = -1, torch.empty(0)
-        for step in range(self.first, self.last):
-            epoch, position = divmod(step, per_epoch)
-            if epoch != shuffled_epoch:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                shuffled_epoch, order = epoch, torch.randperm(self.size, generator=generator)
-            start = position * self.batch_size
-            yield order[start : start + self.batch_size].tolist()
-
-
-class _StageLoss(nn.Module):
-    """A stage's loss as a module's forward, which is what Accelerate wraps and autocasts."""
-
-    def __init__(self, model: LDM4TSModel, stage: str) -> None:
-        super().__init__()
-        self.model, self.stage = model, stage
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.stage == "autoencoder":
-            return {"loss": self.model.autoencoder_loss(batch["history"])}
-        return self.model.loss(batch)
 
 
 @dataclass(frozen=True)
@@ -214,38 +168,38 @@ def _run_stage(job: _Job, stage: str) -> None:
     resuming = checkpoint is not None and checkpoint.position.stage == stage
     start = checkpoint.position.step if checkpoint is not None and resuming else 0
 
-    # capturable and foreach stay torch's choice; fused is one launch for all parameters.
-    optimizer: Any = torch.optim.AdamW(
-        parameters, lr=peak, weight_decay=config.weight_decay, fused=config.device == "cuda"
+    optimizer = build_optimizer(parameters, peak, config.weight_decay)
+    loss = job.accelerator.prepare(StageLoss(model, stage))
+    loss.train()
+    if checkpoint is not None and resuming:
+        restore_training_state(checkpoint, optimizer)
+    training_step = TrainingStep(loss, model, parameters, optimizer, clip=config.gradient_clip)
+    graphs = CudaGraphs(model.device) if config.device == "cuda" and config.cuda_graphs else None
+    take_step = GraphedCall(
+        f"the training step of the {stage}", training_step, model.device, graphs
     )
-    batches = SeededBatches(len(job.splits.train), config.batch_size, config.seed, start, steps)
+    if graphs is not None and not first_stage:
+        model.graph_sampling(graphs)
+    log = StepLog(job.run, config.device, stage, steps, partial(_serving, model))
+    for step, batch in enumerate(_batches(job, start, steps), start + 1):
+        rate = learning_rate_at(step, steps, peak, config.warmup_steps)
+        set_learning_rate(optimizer, rate)
+        log.add(step, rate, take_step(batch))
+        _keep_books(job, log, stage, step, steps, optimizer)
+    del loss, optimizer, training_step, take_step
+    job.accelerator.free_memory()
+
+
+def _batches(job: _Job, first: int, last: int) -> DataLoader[Any]:
+    config = job.config
+    batches = SeededBatches(len(job.splits.train), config.batch_size, config.seed, first, last)
     # Its own generator: a DataLoader draws a seed when it starts, which resuming must not repeat.
-    loader: Any = DataLoader(
+    return DataLoader(
         job.splits.train,
         batch_sampler=batches,
         generator=torch.Generator(),
         pin_memory=config.device == "cuda",
     )
-    loss_module, optimizer, loader = job.accelerator.prepare(
-        _StageLoss(model, stage), optimizer, loader
-    )
-    loss_module.train()
-    if checkpoint is not None and resuming:
-        restore_training_state(checkpoint, optimizer)
-    log = _Log(job, stage, steps)
-    for step, batch in enumerate(loader, start + 1):
-        rate = learning_rate_at(step, steps, peak, config.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        losses = loss_module(batch)
-        job.accelerator.backward(losses["loss"])
-        job.accelerator.clip_grad_norm_(parameters, config.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        log.add(step, rate, losses)
-        _keep_books(job, log, stage, step, steps, optimizer)
-    del loss_module, optimizer, loader
-    job.accelerator.free_memory()
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int) -> float:
@@ -259,7 +213,7 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int) -> f
 
 
 def _keep_books(
-    job: _Job, log: "_Log", stage: str, step: int, steps: int, optimizer: torch.optim.Optimizer
+    job: _Job, log: StepLog, stage: str, step: int, steps: int, optimizer: torch.optim.Optimizer
 ) -> None:
     """After a step: validate, log and checkpoint when it is time to, and stop when asked to."""
     config = job.config
@@ -279,64 +233,6 @@ def _keep_books(
                 job.run.checkpoints, position, job.model, optimizer, keep=config.keep_checkpoints
             )
     job.raise_if_stopped()
-
-
-class _Log:
-    """Collects losses on the device and reads them in one transfer, as each read waits for it."""
-
-    def __init__(self, job: _Job, stage: str, steps: int) -> None:
-        self.job, self.stage, self.steps = job, stage, steps
-        self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
-        self.since = time.perf_counter()
-        if job.config.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    def add(self, step: int, rate: float, losses: dict[str, Tensor]) -> None:
-        self.pending.append((step, rate, {name: loss.detach() for name, loss in losses.items()}))
-
-    @contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        """Leave what the block takes out of the steps per second."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
-    def check_finite(self) -> dict[str, float]:
-        """Return the last step's losses; TrainingError if a loss since the flush is not finite."""
-        names = list(self.pending[-1][2])
-        rows = torch.stack([torch.stack([e[2][n].float() for n in names]) for e in self.pending])
-        for (step, _, _), row in zip(self.pending, rows.tolist(), strict=True):
-            if not all(map(math.isfinite, row)):
-                shown = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
-                kept = find_checkpoints(self.job.run.checkpoints)
-                where = kept[-1].path if kept else "none yet"
-                raise TrainingError(
-                    f"the loss is not finite at step {step} of the {self.stage} ({shown}); last "
-                    f"good checkpoint: {where}; resume with a lower --learning-rate"
-                )
-        return dict(zip(names, rows[-1].tolist(), strict=True))
-
-    def flush(self, validation: dict[str, dict[str, float]] | None) -> StepReport:
-        """Write the last step's record and return its report."""
-        losses = self.check_finite()
-        now = time.perf_counter()
-        on_gpu = self.job.config.device == "cuda"
-        step, rate, _ = self.pending[-1]
-        report = StepReport(
-            stage=self.stage,
-            step=step,
-            steps=self.steps,
-            losses=losses,
-            learning_rate=rate,
-            steps_per_second=len(self.pending) / (now - self.since),
-            peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-            attention=_serving(self.job.model),
-            validation=validation,
-        )
-        self.pending.clear()
-        self.since = now
-        self.job.run.log(asdict(report))
-        return report
 
 
 def _serving(model: LDM4TSModel) -> str:

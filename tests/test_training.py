@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import tiny_config
 
+from ldm4ts_kernels.batches import SeededBatches
 from ldm4ts_kernels.checkpoints import CheckpointError, find_checkpoints
 from ldm4ts_kernels.data import OptionError, load_splits
 from ldm4ts_kernels.model import LDM4TSModel
 from ldm4ts_kernels.training import (
-    SeededBatches,
     StepReport,
     TrainingError,
     TrainingInterrupted,

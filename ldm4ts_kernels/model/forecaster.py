@@ -162,7 +162,8 @@ class LDM4TSModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Return L_diff + λ L_pred as "loss", and both parts detached: scalars, float32.
 
-        batch: "history" (B, L, V) and "future" (B, T, C), in the same units. L_diff = ‖ε - ε_θ‖²;
+        batch: "history" (B, L, V) and "future" (B, T, C), in the same units, and, where they were
+        drawn before, the entries of `draw_noise`. L_diff = ‖ε - ε_θ‖²;
         L_pred = (location - y)² + CRPS of the scale around the location detached, in units of the
         window's deviation, targets bounded to ± 20 of them. LDM4TS equation 13 and algorithm 1.
         The gradient of L_pred reaches the U-Net through the frozen decoder. Runs without host
@@ -180,8 +181,8 @@ class LDM4TSModel(nn.Module):
         target = ((future - last) / deviation).clamp(-TARGET_LIMIT, TARGET_LIMIT)
 
         clean = self.autoencoder.encode(self.encode_vision(series))
-        noise = randn_tensor(clean.shape, generator, self.device)
-        timesteps = self._draw_timesteps(len(history), generator)
+        drawn = batch if "noise" in batch else self.draw_noise(len(history), generator)
+        noise, timesteps = drawn["noise"], drawn["timesteps"]
         noisy = self.noise_process.add_noise(clean, noise, timesteps)
         tokens = self.conditioner(series)
         predicted = self.unet(noisy, timesteps, tokens, return_dict=False)[0].float()
@@ -196,6 +197,14 @@ class LDM4TSModel(nn.Module):
             "diffusion": diffusion.detach(),
             "prediction": prediction.detach(),
         }
+
+    def draw_noise(self, count: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return "noise" (B, Z, h, w) and "timesteps" (B,), what a loss of `count` windows draws."""
+        noise = randn_tensor((count, *self.latent_shape), generator, self.device)
+        source = self.device if generator is None else generator.device
+        steps = self.config.diffusion_steps
+        timesteps = torch.randint(steps, (count,), generator=generator, device=source)
+        return {"noise": noise, "timesteps": timesteps.to(self.device)}
 
     # Forecasting
 
@@ -336,11 +345,6 @@ class LDM4TSModel(nn.Module):
                 f"got {self.config.image_size}"
             )
         return self.autoencoder.latent_channels, height // reduction, width // reduction
-
-    def _draw_timesteps(self, count: int, generator: torch.Generator | None) -> Tensor:
-        source = self.device if generator is None else generator.device
-        steps = self.config.diffusion_steps
-        return torch.randint(steps, (count,), generator=generator, device=source).to(self.device)
 
 
 def _interpolate(

@@ -1,0 +1,80 @@
+"""One optimizer step, as a function from a batch to its losses that a CUDA graph can hold."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ldm4ts_kernels.model import LDM4TSModel
+
+
+class StageLoss(nn.Module):
+    """A stage's loss as a module's forward, which is what Accelerate wraps and autocasts."""
+
+    def __init__(self, model: LDM4TSModel, stage: str) -> None:
+        super().__init__()
+        self.model, self.stage = model, stage
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.stage == "autoencoder":
+            return {"loss": self.model.autoencoder_loss(batch["history"])}
+        return self.model.loss(batch)
+
+
+class TrainingStep:
+    """Forward, backward, clipping, AdamW: a batch to its losses, detached.
+
+    accumulate: parts that the batch is split into, whose gradients add up to that of the whole.
+    clip: largest norm of all gradients together; 0 leaves them as they are. in_backward: the
+    optimizer steps by itself (`step_in_backward`). offload: what the backward pass needs waits in
+    the host's memory.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        model: LDM4TSModel,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        accumulate: int = 1,
+        clip: float = 0.0,
+        in_backward: bool = False,
+        offload: bool = False,
+    ) -> None:
+        self.loss, self.model = loss, model
+        self.parameters, self.optimizer = parameters, optimizer
+        self.accumulate, self.clip = accumulate, clip
+        self.in_backward, self.offload = in_backward, offload
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)  # what a step that broke off has left
+        totals: dict[str, Tensor] = {}
+        for part in self._parts(batch):
+            with self._kept_elsewhere():
+                losses = self.loss(part)
+            (losses["loss"] / self.accumulate).backward()
+            for name, value in losses.items():
+                share = value.detach() / self.accumulate
+                totals[name] = totals[name] + share if name in totals else share
+        if not self.in_backward:
+            if self.clip:
+                nn.utils.clip_grad_norm_(self.parameters, self.clip)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return totals
+
+    def _parts(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Yield the parts of the batch, with noise that was drawn for the whole."""
+        count = len(batch["history"])
+        if self.accumulate > 1 and not self.model.needs_autoencoder_training:
+            batch = {**batch, **self.model.draw_noise(count)}
+        size = count // self.accumulate
+        for start in range(0, count, size):
+            yield {name: value[start : start + size] for name, value in batch.items()}
+
+    def _kept_elsewhere(self) -> AbstractContextManager[object]:
+        if not self.offload:
+            return nullcontext()
+        on_gpu = self.parameters[0].is_cuda
+        return torch.autograd.graph.save_on_cpu(pin_memory=on_gpu)
