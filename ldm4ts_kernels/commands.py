@@ -109,6 +109,12 @@ Resume = Annotated[
     bool, _option("--resume", "Go on with the run in --output, with its options.", "Run")
 ]
 Device = Annotated[str | None, _option("--device", "auto, cpu, cuda (default: auto).", "Run")]
+CudaGraphs = Annotated[
+    bool | None,
+    _option(
+        "--cuda-graphs/--no-cuda-graphs", "Replay each step as one graph (default: on).", "Run"
+    ),
+]
 Precision = Annotated[str | None, _option("--precision", "auto, fp32, bf16.", "Run")]
 Seed = Annotated[int | None, _option("--seed", "Of weights, data order and noise", "Run", "seed")]
 CheckpointEvery = Annotated[
@@ -188,6 +194,7 @@ def train_command(
     resume: Resume = False,
     device: Device = None,
     precision: Precision = None,
+    cuda_graphs: CudaGraphs = None,
     seed: Seed = None,
     checkpoint_every: CheckpointEvery = None,
     keep_checkpoints: KeepCheckpoints = None,

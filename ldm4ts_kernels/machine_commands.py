@@ -38,7 +38,9 @@ def doctor_command(as_json: Json = False) -> None:
             fixes[backend.fix] = None
     _line("")
     _line(
-        "\n".join(["To mend or to add:", *(f"  {fix}" for fix in fixes)]) if fixes else "All there."
+        "\n".join(["To mend or to add:", *(f"  {fix}" for fix in fixes)])
+        if fixes
+        else "Nothing to install."
     )
 
 
