@@ -18,6 +18,7 @@ from ldm4ts_kernels.kernels.flash import (
     needs_float32,
     problem_of,
 )
+from ldm4ts_kernels.kernels.flops import register_attention_flops
 from ldm4ts_kernels.kernels.int8_backward import int8_backward
 from ldm4ts_kernels.kernels.int8_forward import int8_forward
 from ldm4ts_kernels.kernels.problem import Problem
@@ -90,6 +91,11 @@ for _device in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
     _LIBRARY.impl("triton_int8_backward", _backward, _device)
 torch.library.register_fake("ldm4ts_kernels::triton_int8_forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("ldm4ts_kernels::triton_int8_backward", _fake_backward, lib=_LIBRARY)
+register_attention_flops(
+    torch.ops.ldm4ts_kernels.triton_int8_forward,
+    torch.ops.ldm4ts_kernels.triton_int8_backward,
+    value_at=2 + len(Quantised._fields),
+)
 
 
 def _as_float32(attn_mask: Tensor | None) -> Tensor | None:
