@@ -130,13 +130,19 @@ def test_any_image_size_that_is_a_multiple_of_16_trains_and_forecasts(side):
 
 def test_gradient_checkpointing_does_not_change_the_gradients():
     gradients = []
-    for checkpointing in (True, False):
+    for checkpointing in (False, True, "full", "selective"):
         model = ready(enable_gradient_checkpointing=checkpointing)
-        assert model.unet.is_gradient_checkpointing == checkpointing
+        assert model.unet.is_gradient_checkpointing == bool(checkpointing)
         model.train().loss(batch_of(), seeded())["loss"].backward()
         gradients.append([parameter.grad for parameter in model.trainable_parameters()])
-    for with_it, without in zip(*gradients, strict=True):
-        torch.testing.assert_close(with_it, without)
+    for checkpointed in gradients[1:]:
+        for with_it, without in zip(checkpointed, gradients[0], strict=True):
+            assert torch.equal(with_it, without)
+
+
+def test_an_unknown_checkpointing_is_an_error_that_names_the_modes():
+    with pytest.raises(ValueError, match=r"must be one of \['none', 'full', 'selective'\], got"):
+        untrained(enable_gradient_checkpointing="some")
 
 
 def test_attention_backends_agree_and_serve_every_layer():

@@ -29,6 +29,7 @@ from ldm4ts_kernels.model.denoiser import (
     build_unet,
 )
 from ldm4ts_kernels.model.pretrained import load_weights, read_config, write_checkpoint
+from ldm4ts_kernels.model.recompute import recompute_activations
 from ldm4ts_kernels.model.temporal import (
     ForecastHead,
     GatedFusion,
@@ -58,7 +59,8 @@ class LDM4TSModel(nn.Module):
     `None` means the preset's value; `config_fields` are those of `LDM4TSConfig`. `device="cuda"`
     without a GPU is a RuntimeError, an unknown field a TypeError, a bad value a ValueError.
     `attention_backend` ("default" | "flash" | "sage" | "auto") serves the U-Net and the
-    autoencoder, through `patch_unet_attention`.
+    autoencoder, through `patch_unet_attention`; `enable_gradient_checkpointing` is a bool, or a
+    mode of `recompute_activations`: "none", "full" (True) or "selective".
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class LDM4TSModel(nn.Module):
         diffusion_steps: int | None = None,
         device: str | torch.device = "cuda",
         attention_backend: str = "flash",
-        enable_gradient_checkpointing: bool = True,
+        enable_gradient_checkpointing: bool | str = True,
         preset: str = "guide",
         **config_fields: Any,
     ):
@@ -100,11 +102,8 @@ class LDM4TSModel(nn.Module):
         self.fusion = GatedFusion(config.fusion_width)
         self.head = ForecastHead(config.fusion_width, len(config.horizons))
         for module in (self.unet, self.autoencoder.kl):
-            patch_unet_attention(
-                module,
-                backend=attention_backend,
-                enable_gradient_checkpointing=enable_gradient_checkpointing,
-            )
+            patch_unet_attention(module, attention_backend, enable_gradient_checkpointing=False)
+            recompute_activations(module, enable_gradient_checkpointing)
         self.graphed_denoiser: GraphedDenoiser | None = None
         self.to(target_device)
 
@@ -199,7 +198,7 @@ class LDM4TSModel(nn.Module):
         }
 
     def draw_noise(self, count: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return "noise" (B, Z, h, w) and "timesteps" (B,), what a loss of `count` windows draws."""
+        """Return what a loss of `count` windows draws: "noise" (B, Z, h, w), "timesteps" (B,)."""
         noise = randn_tensor((count, *self.latent_shape), generator, self.device)
         source = self.device if generator is None else generator.device
         steps = self.config.diffusion_steps
@@ -298,7 +297,7 @@ class LDM4TSModel(nn.Module):
         directory: str | Path,
         device: str | torch.device = "cuda",
         attention_backend: str = "flash",
-        enable_gradient_checkpointing: bool = True,
+        enable_gradient_checkpointing: bool | str = True,
     ) -> "LDM4TSModel":
         """Return the model that `save_pretrained` wrote, in eval mode.
 
