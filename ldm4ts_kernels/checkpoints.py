@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm4ts_kernels.optimizers import make_states
+
 FORMAT = "ldm4ts checkpoint 1"
 STAGES = ("autoencoder", "forecaster")  # in the order of training
 
@@ -105,15 +107,15 @@ def save_checkpoint(
         with directory_written_whole(target) as scratch:
             (scratch / "model").mkdir()
             model.save_pretrained(scratch / "model")
-            tensors, scalars = _flatten(optimizer.state_dict()["state"])
-            save_file(tensors, scratch / "optimizer.safetensors")
+            tensors = _flatten(optimizer.state_dict()["state"])
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, scratch / "optimizer.safetensors")
             generators, host_generators = _random_state()
             save_file(generators, scratch / "random.safetensors")
             state = {
                 "format": FORMAT,
                 "stage": position.stage,
                 "step": position.step,
-                "optimizer": scalars,
                 "random": host_generators,
             }
             (scratch / "state.json").write_text(json.dumps(state))
@@ -150,42 +152,36 @@ def restore_training_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimi
             f"{checkpoint.path / 'state.json'}: expected format {FORMAT!r}, "
             f"got {state.get('format')!r}"
         )
-    tensors = _read_tensors(checkpoint.path / "optimizer.safetensors")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = _unflatten(tensors, state["optimizer"])
-    for index, values in moments.items():
-        shape = parameters[index].shape if index < len(parameters) else None
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != shape:
-                raise CheckpointError(
-                    f"{checkpoint.path}: of another model: {name} of parameter {index} has shape "
-                    f"{tuple(value.shape)}, expected {shape and tuple(shape)}"
-                )
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    saved = _read_tensors(checkpoint.path / "optimizer.safetensors")
+    make_states(optimizer)
+    present = _flatten(optimizer.state_dict()["state"])
+    for key in sorted(saved.keys() | present.keys()):
+        found, expected = (tuple(t[key].shape) if key in t else None for t in (saved, present))
+        if found != expected:
+            index, _, name = key.partition(".")
+            raise CheckpointError(
+                f"{checkpoint.path}: of another model: {name} of parameter {index} has shape "
+                f"{found}, expected {expected}"
+            )
+    for key, value in saved.items():
+        present[key].copy_(value)
     _restore_random_state(_read_tensors(checkpoint.path / "random.safetensors"), state["random"])
 
 
-def _flatten(
-    state: dict[int, dict[str, Any]],
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Split an optimizer's state into tensors under the key `<parameter>.<name>`, and the rest."""
-    tensors, scalars = {}, {}
+def _flatten(state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:
+    """Return an optimizer's state under the keys `<parameter>.<name>`, sharing its memory.
+
+    A quantised state is several tensors, under `<parameter>.<name>.<part>`.
+    """
+    tensors: dict[str, Tensor] = {}
     for index, values in state.items():
         for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().contiguous()
+            if hasattr(value, "__tensor_flatten__"):
+                parts, _ = value.__tensor_flatten__()
+                tensors |= {f"{index}.{name}.{part}": getattr(value, part) for part in parts}
             else:
-                scalars[f"{index}.{name}"] = value
-    return tensors, scalars
-
-
-def _unflatten(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **scalars}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    return state
+                tensors[f"{index}.{name}"] = value.detach()
+    return tensors
 
 
 def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

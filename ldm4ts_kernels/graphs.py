@@ -118,6 +118,10 @@ class GraphedCall:
             self.replay()
         return self.outputs
 
+    def forget(self) -> None:
+        """Free the graph and its buffers; the next call begins anew."""
+        self._begin({}, ())
+
     def _begin(self, inputs: Mapping[str, Tensor], signature: tuple[Any, ...]) -> None:
         self.signature = signature
         self.buffers = {n: torch.empty_like(t, device=self.device) for n, t in inputs.items()}

@@ -1,31 +1,68 @@
-"""AdamW as a run may want it: in one launch, or parameter by parameter within the backward pass."""
+"""AdamW as a run may want it: in one launch, with 8-bit states, or within the backward pass."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+OPTIMIZERS = ("adamw", "adamw8bit")
 
 
 def build_optimizer(
     parameters: Sequence[nn.Parameter],
     learning_rate: float,
     weight_decay: float,
+    name: str = "adamw",
     one_by_one: bool = False,
 ) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov & Hutter, ICLR 2019) for parameters of one device.
 
-    On a GPU it is one launch, and its rate a tensor there, so that a CUDA graph can hold a step.
-    one_by_one: each parameter is a group of its own, as `step_in_backward` needs it.
+    "adamw" has two float32 states a weight, "adamw8bit" two of one byte, quantised by blocks of 256
+    (Dettmers et al., ICLR 2022), and rounds an update of a bfloat16 weight up or down at random, so
+    that it is right in the mean. On a GPU the rate is a tensor there, so that a CUDA graph can hold
+    a step. one_by_one: each parameter is a group of its own, as `step_in_backward` needs it.
+    Raises ImportError for "adamw8bit" without torchao.
     """
     device = parameters[0].device
-    rate: float | Tensor = learning_rate
-    if device.type == "cuda":
-        rate = torch.tensor(learning_rate, device=device)
-    groups = [{"params": [parameter]} for parameter in parameters] if one_by_one else parameters
+    rate = torch.tensor(learning_rate, device=device) if device.type == "cuda" else learning_rate
+    groups: Any = [{"params": [p]} for p in parameters] if one_by_one else parameters
+    if name == "adamw8bit":
+        return _build_8bit(groups, rate, weight_decay)
     on_gpu = device.type == "cuda"
     return torch.optim.AdamW(
         groups, lr=rate, weight_decay=weight_decay, fused=on_gpu, capturable=on_gpu
     )
+
+
+def load_8bit() -> Any:
+    """Return torchao's AdamW8bit; ImportError, with what to install, where there is none."""
+    try:
+        from torchao.optim import AdamW8bit
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            f"adamw8bit needs torchao (pip install 'ldm4ts-kernels[lean]'): {error}"
+        ) from error
+    return AdamW8bit
+
+
+def _build_8bit(groups: Any, rate: Any, weight_decay: float) -> torch.optim.Optimizer:
+    base = load_8bit()
+
+    class _AdamW8bit(base):  # type: ignore[misc]
+        """Compiles its update on a GPU alone, and keeps the count of steps there."""
+
+        def step(self, closure: None = None) -> None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            fresh = [p for p in parameters if p.grad is not None and not self.state[p]]
+            eager = fresh or not parameters[0].is_cuda
+            with torch.compiler.set_stance("force_eager" if eager else "default"):
+                super().step(closure)
+            for parameter in fresh:
+                state = self.state[parameter]
+                state["step"] = state["step"].to(parameter.device)
+
+    return _AdamW8bit(groups, lr=rate, weight_decay=weight_decay, bf16_stochastic_round=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -57,3 +94,17 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> None:
 
     for parameter in groups:
         parameter.register_post_accumulate_grad_hook(update)
+
+
+def make_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the states that its first step makes; no weight changes."""
+    whole = optimizer.param_groups
+    for group in whole:
+        rate = group["lr"]
+        still = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.param_groups = [{**group, "params": [parameter], "lr": still}]
+            optimizer.step()
+            parameter.grad = None
+    optimizer.param_groups = whole

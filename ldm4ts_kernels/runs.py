@@ -6,6 +6,7 @@ model/       the trained model                test_metrics.json
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ldm4ts_kernels.checkpoints import (
     write_text_whole,
 )
 from ldm4ts_kernels.data import DataConfig, OptionError, Scaler
+from ldm4ts_kernels.optimizers import OPTIMIZERS
 
 # What shapes the weights and the order of the data; all else may differ when a run is resumed.
 FIXED_FOR_A_RUN = (
@@ -29,6 +31,8 @@ FIXED_FOR_A_RUN = (
     "batch_size",
     "seed",
     "autoencoder_steps",
+    "optimizer",
+    "weights",
 )
 # `paper` is sized for 2 CPU cores and a few minutes, `guide` for a GPU.
 PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -49,12 +53,17 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "precision": ("fp32", "bf16"),
     "attention_backend": ("default", "flash", "sage", "auto"),
+    "checkpointing": ("none", "full", "selective"),
+    "optimizer": OPTIMIZERS,
+    "weights": ("fp32", "bf16"),
 }
 AT_LEAST = {
     "steps": 1,
     "batch_size": 1,
     "warmup_steps": 0,
     "weight_decay": 0,
+    "gradient_clip": 0,
+    "accumulate": 1,
     "autoencoder_steps": 1,
     "log_every": 1,
     "validate_every": 1,
@@ -64,7 +73,7 @@ AT_LEAST = {
     "eval_samples": 1,
     "sampling_steps": 1,
 }
-POSITIVE = ("learning_rate", "autoencoder_learning_rate", "gradient_clip")
+POSITIVE = ("learning_rate", "autoencoder_learning_rate")
 
 
 @dataclass(frozen=True)
@@ -81,10 +90,15 @@ class TrainConfig:
     preset: str = "paper"
     model_fields: dict[str, Any] = field(default_factory=dict)  # of LDM4TSConfig, over the preset
     attention_backend: str = "flash"
-    gradient_checkpointing: bool = False
+    checkpointing: str = "none"  # what the backward pass recomputes: "none", "full", "selective"
     # The optimisation
     device: str = "cpu"
-    precision: str = "fp32"  # of the autocast; weights and losses are fp32
+    precision: str = "fp32"  # of the autocast; losses are fp32
+    weights: str = "fp32"  # the forecaster's; "bf16" with optimizer "adamw8bit"
+    optimizer: str = "adamw"  # or "adamw8bit": states of a byte
+    optimizer_in_backward: bool = False  # frees each gradient at once; without clipping
+    accumulate: int = 1  # parts that a batch is split into; its result is the same
+    offload_activations: bool = False  # to the host's memory, until the backward pass
     cuda_graphs: bool = True  # on a GPU: a step, and a step of sampling, as one launch
     seed: int = 0
     steps: int = 300
@@ -92,7 +106,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     warmup_steps: int = 20
     weight_decay: float = 1e-2
-    gradient_clip: float = 1.0
+    gradient_clip: float = 1.0  # largest norm of all gradients together; 0 for none
     autoencoder_steps: int = 150
     autoencoder_learning_rate: float = 2e-3
     # The bookkeeping, in steps
@@ -116,14 +130,46 @@ class TrainConfig:
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name, wrong, expected in self._contradictions():
+            if wrong:
+                raise OptionError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def _contradictions(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield the options that another one excludes: name, whether it does, what to choose."""
+        yield (
+            "accumulate",
+            self.batch_size % self.accumulate != 0,
+            f"a divisor of batch_size ({self.batch_size})",
+        )
+        yield (
+            "gradient_clip",
+            self.optimizer_in_backward and self.gradient_clip != 0,
+            "0 with optimizer_in_backward, which frees each gradient before a norm of all is known",
+        )
+        yield (
+            "accumulate",
+            self.optimizer_in_backward and self.accumulate > 1,
+            "1 with optimizer_in_backward, which uses each gradient as it comes",
+        )
+        yield (
+            "weights",
+            self.weights == "bf16" and self.optimizer != "adamw8bit",
+            "fp32 with optimizer adamw, whose small updates bfloat16 would round away",
+        )
+        yield (
+            "weights",
+            self.weights == "bf16" and self.precision != "bf16",
+            "fp32 with precision fp32",
+        )
 
 
 def plan(given: dict[str, Any]) -> TrainConfig:
     """Return a configuration of the given options, and for the others what suits the machine.
 
-    `given` maps fields of TrainConfig to values, "data" to a dict of DataConfig's fields. device
-    and precision may be "auto". With a GPU the preset is `guide`, in bf16 where the GPU has it and
-    with gradient checkpointing; without, `paper`. With "resume", options not given are those of the
+    `given` maps fields of TrainConfig to values, "data" to a dict of DataConfig's fields;
+    "gradient_checkpointing" is checkpointing as a bool. device and precision may be "auto". With a
+    GPU the preset is `guide`, in bf16 where the GPU has it and with gradient checkpointing;
+    without, `paper`. With "resume", options not given are those of the
     run in "output". Raises OptionError for an unknown option, a bad value or a missing GPU.
     """
     stored: dict[str, Any] = {}
@@ -145,9 +191,10 @@ def plan(given: dict[str, Any]) -> TrainConfig:
     machine = {
         "output": f"runs/{data.get('name', DataConfig.name)}",
         "preset": preset,
-        "gradient_checkpointing": on_gpu,
+        "checkpointing": "full" if on_gpu else "none",
         "log_every": 10 if on_gpu else 1,  # reading a loss waits for the GPU
     }
+    given, stored = _name_checkpointing(given), _name_checkpointing(stored)
     chosen = {**machine, **PRESET_DEFAULTS.get(preset, {}), **stored, **given}
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if chosen.get("precision", "auto") == "auto":
@@ -173,6 +220,10 @@ class Run:
             delete_unfinished(place)
         _forget_after(self.directory / "metrics.jsonl", self.checkpoint)
         write_text_whole(self.directory / "data.json", json.dumps(asdict(scaler), indent=1))
+        self.write_config(config)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write the configuration that the run has, and resumes with."""
         write_text_whole(self.directory / "config.json", json.dumps(asdict(config), indent=1))
 
     def log(self, record: dict[str, Any]) -> None:
@@ -181,7 +232,16 @@ class Run:
             file.write(json.dumps(record) + "\n")
 
 
+def _name_checkpointing(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with a mode for the switch that stood in its place, and in old runs."""
+    if "gradient_checkpointing" not in values:
+        return values
+    rest = {name: value for name, value in values.items() if name != "gradient_checkpointing"}
+    return {"checkpointing": "full" if values["gradient_checkpointing"] else "none", **rest}
+
+
 def _config_from_json(values: dict[str, Any]) -> TrainConfig:
+    values = _name_checkpointing(values)
     data: Any = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in values.get("data", {}).items()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm4ts_kernels.batches import SeededBatches
@@ -35,8 +36,14 @@ from ldm4ts_kernels.data import OptionError, Series, Splits, load_splits
 from ldm4ts_kernels.diffusers_integration import served_by
 from ldm4ts_kernels.evaluation import Evaluation, evaluate
 from ldm4ts_kernels.graphs import CudaGraphs, GraphedCall
+from ldm4ts_kernels.ladder import LadderedStep
 from ldm4ts_kernels.model import LDM4TSModel
-from ldm4ts_kernels.optimizers import build_optimizer, set_learning_rate
+from ldm4ts_kernels.optimizers import (
+    build_optimizer,
+    load_8bit,
+    set_learning_rate,
+    step_in_backward,
+)
 from ldm4ts_kernels.process import StopRequest, accelerator_of_one_run, stop_requests
 from ldm4ts_kernels.runs import Run, TrainConfig, open_run
 from ldm4ts_kernels.training_log import StepLog, StepReport, TrainingError
@@ -111,6 +118,11 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
     written. A second Ctrl-C does not wait for the step's end.
     """
     started = time.perf_counter()
+    if config.optimizer == "adamw8bit":
+        try:
+            load_8bit()
+        except ImportError as error:
+            raise OptionError(f"optimizer: {error}") from error
     splits = load_splits(config.data)
     with (
         stop_requests() as stop,
@@ -147,7 +159,7 @@ def _build_model(config: TrainConfig, series: Series, run: Run) -> LDM4TSModel:
     options: dict[str, Any] = {
         "device": config.device,
         "attention_backend": config.attention_backend,
-        "enable_gradient_checkpointing": config.gradient_checkpointing,
+        "enable_gradient_checkpointing": config.checkpointing,
     }
     if run.checkpoint is None:
         try:
@@ -168,26 +180,68 @@ def _run_stage(job: _Job, stage: str) -> None:
     resuming = checkpoint is not None and checkpoint.position.stage == stage
     start = checkpoint.position.step if checkpoint is not None and resuming else 0
 
-    optimizer = build_optimizer(parameters, peak, config.weight_decay)
-    loss = job.accelerator.prepare(StageLoss(model, stage))
-    loss.train()
+    if config.weights == "bf16" and not first_stage:
+        for parameter in parameters:
+            parameter.data = parameter.data.bfloat16()
+    in_backward = config.optimizer_in_backward and not first_stage
+    optimizer = build_optimizer(
+        parameters,
+        peak,
+        config.weight_decay,
+        # The first stage is small, and its states exact.
+        "adamw" if first_stage else config.optimizer,
+        one_by_one=in_backward,
+    )
     if checkpoint is not None and resuming:
         restore_training_state(checkpoint, optimizer)
-    training_step = TrainingStep(loss, model, parameters, optimizer, clip=config.gradient_clip)
-    graphs = CudaGraphs(model.device) if config.device == "cuda" and config.cuda_graphs else None
-    take_step = GraphedCall(
-        f"the training step of the {stage}", training_step, model.device, graphs
-    )
-    if graphs is not None and not first_stage:
-        model.graph_sampling(graphs)
+    if in_backward:
+        step_in_backward(optimizer)
+    loss = job.accelerator.prepare(StageLoss(model, stage))
+    loss.train()
+    build = partial(_build_step, job, stage, loss, parameters, optimizer)
+    take_step = LadderedStep(config, build, partial(_change_levers, job))
     log = StepLog(job.run, config.device, stage, steps, partial(_serving, model))
     for step, batch in enumerate(_batches(job, start, steps), start + 1):
         rate = learning_rate_at(step, steps, peak, config.warmup_steps)
         set_learning_rate(optimizer, rate)
         log.add(step, rate, take_step(batch))
         _keep_books(job, log, stage, step, steps, optimizer)
-    del loss, optimizer, training_step, take_step
+    take_step.step.forget()
     job.accelerator.free_memory()
+
+
+def _build_step(
+    job: _Job,
+    stage: str,
+    loss: nn.Module,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+) -> GraphedCall:
+    """Return the training step of the configuration, and let sampling share its graphs' memory."""
+    step = TrainingStep(
+        loss,
+        job.model,
+        parameters,
+        optimizer,
+        accumulate=config.accumulate,
+        clip=config.gradient_clip,
+        in_backward=stage != STAGES[0] and config.optimizer_in_backward,
+        offload=config.offload_activations,
+    )
+    device, graphs = job.model.device, None
+    if config.device == "cuda" and config.cuda_graphs and not config.offload_activations:
+        graphs = CudaGraphs(device)
+        if stage != STAGES[0]:
+            job.model.graph_sampling(graphs)
+    return GraphedCall(f"the training step of the {stage}", step, device, graphs)
+
+
+def _change_levers(job: _Job, config: TrainConfig) -> None:
+    """Use other levers from now on, and when the run is resumed."""
+    job.model.graphed_denoiser = None  # its memory is that of the step's graph
+    job.model.configure(config.attention_backend, config.checkpointing)
+    job.run.write_config(config)
 
 
 def _batches(job: _Job, first: int, last: int) -> DataLoader[Any]:

@@ -69,7 +69,11 @@ class TrainingStep:
         count = len(batch["history"])
         if self.accumulate > 1 and not self.model.needs_autoencoder_training:
             batch = {**batch, **self.model.draw_noise(count)}
-        size = count // self.accumulate
+        size, rest = divmod(count, self.accumulate)
+        if rest:
+            raise ValueError(
+                f"accumulate must divide the {count} windows of a batch, got {self.accumulate}"
+            )
         for start in range(0, count, size):
             yield {name: value[start : start + size] for name, value in batch.items()}
 

@@ -25,6 +25,21 @@ def begun(config: TrainConfig, scaler: Scaler = SCALER) -> TrainConfig:
         ({"learning_rate": 0.0}, "learning_rate: expected more than 0, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate: expected more than 0, got nan"),
         ({"preset": "huge"}, "preset: expected one of paper, guide, got 'huge'"),
+        (
+            {"batch_size": 6, "accumulate": 4},
+            "accumulate: expected a divisor of batch_size (6), got",
+        ),
+        ({"optimizer_in_backward": True}, "gradient_clip: expected 0 with optimizer_in_backward"),
+        (
+            {"optimizer_in_backward": True, "gradient_clip": 0, "accumulate": 2},
+            "accumulate: expected 1 with optimizer_in_backward",
+        ),
+        ({"weights": "bf16"}, "weights: expected fp32 with optimizer adamw"),
+        (
+            {"weights": "bf16", "optimizer": "adamw8bit"},
+            "weights: expected fp32 with precision fp32",
+        ),
+        ({"checkpointing": "half"}, "checkpointing: expected one of none, full, selective"),
         ({"attention_backend": "fast"}, "attention_backend: expected one of default, flash"),
     ],
 )
@@ -46,7 +61,7 @@ def test_without_a_gpu_the_preset_is_paper_in_fp32(monkeypatch):
     config = plan({"data": {"name": "nasdaq"}})
     assert (config.preset, config.device, config.precision) == ("paper", "cpu", "fp32")
     assert config.output == "runs/nasdaq"
-    assert not config.gradient_checkpointing
+    assert config.checkpointing == "none"
     with pytest.raises(OptionError, match="--device cpu"):
         plan({"device": "cuda"})
 
@@ -57,7 +72,8 @@ def test_with_a_gpu_the_preset_is_guide_in_bf16(monkeypatch):
     config = plan({"steps": 7})
     assert (config.preset, config.device, config.precision) == ("guide", "cuda", "bf16")
     assert (config.steps, config.autoencoder_steps) == (7, 500)
-    assert config.gradient_checkpointing
+    assert config.checkpointing == "full"
+    assert plan({"gradient_checkpointing": False}).checkpointing == "none"
 
 
 def test_a_stored_configuration_is_read_back_as_it_was(tmp_path):

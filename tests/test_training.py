@@ -184,9 +184,42 @@ def test_a_run_in_bf16_keeps_float32_weights(tmp_path):
     train(tiny_config(tmp_path, "other", steps=1))  # this process is not bound to bf16
 
 
+def test_the_leanest_run_trains_bfloat16_weights_and_resumes(tmp_path):
+    pytest.importorskip("torchao")
+    levers = {
+        "precision": "bf16",
+        "weights": "bf16",
+        "optimizer": "adamw8bit",
+        "optimizer_in_backward": True,
+        "gradient_clip": 0,
+        "checkpointing": "selective",
+    }
+    with pytest.raises(TrainingInterrupted):
+        train(tiny_config(tmp_path, **levers), stop_at("forecaster", 2))
+    result = train(tiny_config(tmp_path, resume=True, **levers))
+    assert math.isfinite(result.test.scores["ldm4ts"]["crps"])
+    stored = weights(result.directory)
+    assert stored["unet.conv_in.weight"].dtype == torch.bfloat16
+    assert stored["autoencoder.kl.encoder.conv_in.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "levers", [{"accumulate": 2}, {"checkpointing": "full"}, {"offload_activations": True}]
+)
+def test_levers_of_memory_leave_a_run_as_it_is(tmp_path, whole_run, levers):
+    unbroken = whole_run[0]
+    fields = {**unbroken.model_fields}
+    config = tiny_config(tmp_path, data=unbroken.data, model_fields=fields, **levers)
+    train(config)
+    first = [record["losses"]["loss"] for record in records(config.output)]
+    expected = [record["losses"]["loss"] for record in records(unbroken.output)]
+    exact = "accumulate" not in levers  # dropout, and the autoencoder's noise, are drawn in parts
+    assert first == expected if exact else len(first) == len(expected)
+
+
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_reports_its_peak_and_resumes(tmp_path):
-    options = {"device": "cuda", "precision": "bf16", "gradient_checkpointing": True}
+    options = {"device": "cuda", "precision": "bf16", "checkpointing": "full"}
     reports: list[StepReport] = []
 
     def stop_in_between(report):

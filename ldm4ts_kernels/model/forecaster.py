@@ -84,7 +84,6 @@ class LDM4TSModel(nn.Module):
         given = {name: value for name, value in named.items() if value is not None}
         config = resolve_config(preset, **given, **config_fields)
         self.config = config
-        self.attention_backend = attention_backend
         self.targets: Tensor
         self.register_buffer("targets", torch.tensor(config.targets), persistent=False)
 
@@ -101,15 +100,20 @@ class LDM4TSModel(nn.Module):
         self.visual = VisualHead(config)
         self.fusion = GatedFusion(config.fusion_width)
         self.head = ForecastHead(config.fusion_width, len(config.horizons))
-        for module in (self.unet, self.autoencoder.kl):
-            patch_unet_attention(module, attention_backend, enable_gradient_checkpointing=False)
-            recompute_activations(module, enable_gradient_checkpointing)
+        self.configure(attention_backend, enable_gradient_checkpointing)
         self.graphed_denoiser: GraphedDenoiser | None = None
         self.to(target_device)
 
     @property
     def device(self) -> torch.device:
         return self.head.project.weight.device
+
+    def configure(self, attention_backend: str, gradient_checkpointing: bool | str) -> None:
+        """Choose how the U-Net and the autoencoder compute, as the constructor does."""
+        self.attention_backend = attention_backend
+        for module in (self.unet, self.autoencoder.kl):
+            patch_unet_attention(module, attention_backend, enable_gradient_checkpointing=False)
+            recompute_activations(module, gradient_checkpointing)
 
     # Training
 

@@ -1,0 +1,92 @@
+"""A step is the same step however it is split, deferred or captured."""
+
+import pytest
+import torch
+from recorders import Rerun
+from tiny_model import batch_of, ready
+
+from ldm4ts_kernels.graphs import GraphedCall
+from ldm4ts_kernels.model import LDM4TSModel
+from ldm4ts_kernels.optimizers import build_optimizer, set_learning_rate, step_in_backward
+from ldm4ts_kernels.training_step import StageLoss, TrainingStep
+
+CPU = torch.device("cpu")
+
+
+def step_of(model: LDM4TSModel, rate: float = 1e-2, **levers: object) -> TrainingStep:
+    parameters = model.trainable_parameters()
+    in_backward = bool(levers.get("in_backward"))
+    optimizer = build_optimizer(parameters, rate, 1e-2, one_by_one=in_backward)
+    if in_backward:
+        step_in_backward(optimizer)
+    loss = StageLoss(model, "forecaster").train()
+    return TrainingStep(loss, model, parameters, optimizer, **levers)
+
+
+def trained(count: int = 2, recorder: Rerun | None = None, **levers: object):
+    """Return the losses and weights of some steps on batches of four windows."""
+    model = ready()
+    step = step_of(model, **levers)
+    call = GraphedCall("the step", step, CPU, recorder)
+    torch.manual_seed(3)
+    losses = []
+    for index in range(count):
+        set_learning_rate(step.optimizer, 1e-2 / (1 + index))
+        losses.append({name: value.clone() for name, value in call(batch_of(4)).items()})
+    return losses, [parameter.detach() for parameter in model.trainable_parameters()]
+
+
+def gradients_of(**levers: object) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Return the losses of a step of four windows, and the gradients that AdamW got."""
+    step = step_of(ready(), **levers)
+    seen: list[torch.Tensor] = []
+
+    def look(optimizer, args, kwargs):
+        seen.extend(parameter.grad.clone() for parameter in step.parameters)
+
+    step.optimizer.register_step_pre_hook(look)
+    torch.manual_seed(3)
+    return step(batch_of(4)), seen
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_have_the_gradient_of_the_whole_batch(parts):
+    losses, gradients = gradients_of(accumulate=parts)
+    whole_losses, whole_gradients = gradients_of()
+    assert losses.keys() == whole_losses.keys()
+    for name, expected in whole_losses.items():
+        torch.testing.assert_close(losses[name], expected, rtol=1e-5, atol=1e-5)
+    for gradient, expected in zip(gradients, whole_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("levers", [{"offload": True}, {"in_backward": True}])
+def test_a_lever_of_memory_alone_changes_no_bit(levers):
+    (losses, weights), (plain_losses, plain_weights) = trained(**levers), trained()
+    assert losses == plain_losses
+    assert all(map(torch.equal, weights, plain_weights))
+
+
+def test_a_captured_step_trains_as_an_eager_one_does():
+    recorder = Rerun()
+    (losses, weights), (eager_losses, eager_weights) = trained(6, recorder), trained(6)
+    assert recorder.recorded == 1
+    assert losses == eager_losses
+    assert all(map(torch.equal, weights, eager_weights))
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together():
+    norms = [torch.nn.utils.get_total_norm(gradients_of(clip=c)[1]).item() for c in (0.0, 1e-3)]
+    assert norms[0] > 1e-2
+    assert norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_no_gradient_outlives_the_step():
+    model = ready()
+    step_of(model)(batch_of(4))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_parts_that_do_not_divide_the_batch_are_an_error():
+    with pytest.raises(ValueError, match="accumulate must divide the 3 windows of a batch, got 2"):
+        step_of(ready(), accumulate=2)(batch_of(3))
