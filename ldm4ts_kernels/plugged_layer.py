@@ -88,6 +88,7 @@ class PluggedLayer:
         self.shape = (*query.shape[:3], key.shape[2], query.shape[3])
         if self.policy.backend == "materialised":
             return
+        kind = query.device.type
         form = (
             *(
                 (t.shape, t.dtype, t.device, t.requires_grad, t.stride(-1))
@@ -95,7 +96,7 @@ class PluggedLayer:
                 if t is not None
             ),
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled(query.device.type),
+            torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind),
             *options.items(),
         )
         if form not in self._calls:

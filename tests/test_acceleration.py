@@ -118,6 +118,14 @@ def test_the_report_says_who_served_each_layer_and_why_nobody_before():
     assert [note[:11] for note in notes] == ["[1] native:", "[2] native:"]
 
 
+def test_shapes_are_reported_without_computing_anything():
+    model = build(UNET).to("meta")
+    with accelerate_attention(model) as handle:
+        model(torch.empty(2, 4, 8, 8, device="meta"), 3, torch.empty(2, 5, 16, device="meta"))
+    assert [row.shape for row in handle.report()] == [(2, 2, 64, k, 8) for k in (64, 5)] * 4
+    assert {row.served_by for row in handle.report()} == {"sdpa"}
+
+
 @pytest.mark.parametrize(
     ("precision", "layer", "backend", "reason"),
     [
