@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -23,15 +24,31 @@ from ldm4ts_kernels.kernels import flash_backward, flash_forward, tuning
 from ldm4ts_kernels.kernels.problem import Problem
 from ldm4ts_kernels.kernels.tuning import Config
 
-BLOCKS_Q = {"forward": (64, 128), "key_gradient": (32, 64, 128), "query_gradient": (64, 128)}
-BLOCKS_K = {"forward": (32, 64, 128), "key_gradient": (64, 128), "query_gradient": (32, 64)}
-SCHEDULES = ((4, 2), (4, 3), (8, 2), (8, 3))  # (num_warps, num_stages)
+# (block_q, block_k, num_warps, num_stages): those that reached half of the best on some head dim.
+TILES = {
+    "forward": (
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 3), (128, 64, 4, 3),
+        (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
+    ),
+    "key_gradient": (
+        (32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2),
+        (64, 128, 8, 3), (128, 64, 4, 2),
+    ),
+    "query_gradient": (
+        (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2),
+        (128, 64, 8, 3), (128, 128, 8, 2),
+    ),
+}  # fmt: skip
 
 
-def candidates(stage: str) -> list[Config]:
-    """Return every combination of blocks and schedules of a pass."""
-    tiles = itertools.product(BLOCKS_Q[stage], BLOCKS_K[stage], SCHEDULES)
-    return [Config(q, k, warps, stages) for q, k, (warps, stages) in tiles]
+def candidates(stage: str, problem: Problem) -> list[Config]:
+    """Return the tiles of a pass, on Hopper also with tensor maps and with specialised warps."""
+    configs = [Config(*tile) for tile in TILES[stage]]
+    if problem.capability[0] == 9 and problem.key_length >= tuning.TMA_LENGTH:
+        configs += [replace(config, tma=True) for config in configs]
+        if stage == "forward" and problem.key_length % 128 == 0:
+            configs.append(Config(128, 128, 4, 2, tma=True, specialise=True))
+    return configs
 
 
 def run_stage(
@@ -49,6 +66,11 @@ def run_stage(
     def choose(asked: str, *rest: object) -> Config:
         return config if asked == stage else tuning.choose(asked, *rest)
 
+    def choose_tma(asked: str, *rest: object) -> Config | None:
+        if asked == stage:
+            return config if config.tma else None
+        return tuning.choose_tma(asked, *rest)
+
     def forward() -> None:
         flash_forward.flash_forward(problem, query, key, value, None, None, out, lse)
 
@@ -57,7 +79,8 @@ def run_stage(
             problem, query, key, value, None, None, out, lse, dout, None, *grads, None
         )
 
-    with mock.patch("ldm4ts_kernels.kernels.problem.choose", choose):
+    chooser = "ldm4ts_kernels.kernels.problem"
+    with mock.patch.multiple(chooser, choose=choose, choose_tma=choose_tma):
         try:
             if stage == "forward":
                 return use(forward)
@@ -83,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dim", nargs="*", type=int, default=[40, 64, 80, 128, 160])
     parser.add_argument("--length", nargs="*", type=int, default=[784, 4096])
-    parser.add_argument("--stage", nargs="*", choices=list(BLOCKS_Q), default=list(BLOCKS_Q))
+    parser.add_argument("--stage", nargs="*", choices=list(TILES), default=list(TILES))
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
     print(environment())
@@ -95,11 +118,11 @@ def main() -> None:
     cases = list(itertools.product(options.stage, problems))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-        jobs = [(stage, p, config) for stage, p in cases for config in candidates(stage)]
+        jobs = [(stage, p, config) for stage, p in cases for config in candidates(stage, p)]
         list(pool.map(compile_stage, jobs))
     for stage, problem in cases:
         times = {}
-        for config in candidates(stage):
+        for config in candidates(stage, problem):
             milliseconds = run_stage(stage, problem, config, device_ms)
             if milliseconds is not None:
                 times[config] = milliseconds

@@ -167,8 +167,17 @@ def test_the_backward_is_bitwise_deterministic(keys, device):
 
 
 @pytest.mark.gpu
-def test_250_repeats_give_the_same_bits(device):
-    leaves = draw(Shape(60, 4, 4, 239, 1024, 64), torch.bfloat16, device)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(60, 4, 4, 239, 1024, 64),
+        Shape(8, 4, 4, 1100, 1024, 64),
+        Shape(8, 4, 4, 1023, 1024, 128),
+    ],
+    ids=str,
+)
+def test_250_repeats_give_the_same_bits(shape, device):
+    leaves = draw(shape, torch.bfloat16, device)
     dout = torch.randn_like(leaves[0])
     first = torch.autograd.grad(flash_attention(*leaves), leaves, dout)
     for _ in range(250):

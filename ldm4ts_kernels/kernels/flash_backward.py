@@ -8,12 +8,17 @@ one launch computes all three gradients; else dK and dV are summed over queries 
 dQ over keys by another.
 """
 
+import contextlib
+import functools
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ldm4ts_kernels.kernels.flash_forward import key_range
+from ldm4ts_kernels.kernels.launch import Launch
 from ldm4ts_kernels.kernels.primitives import (
     INFINITY,
     LOG2_E,
@@ -22,23 +27,34 @@ from ldm4ts_kernels.kernels.primitives import (
     contract,
     keep_weights,
     load_parts,
+    load_rows,
     masked_scores,
+    open_rows,
     row_dot,
     scale_parts,
     store_parts,
     zero_parts,
 )
-from ldm4ts_kernels.kernels.problem import Problem, common_step
+from ldm4ts_kernels.kernels.problem import (
+    Problem,
+    common_step,
+    strides_of,
+    takes_tensor_maps,
+)
+from ldm4ts_kernels.kernels.tuning import Config
+
+ROW_PADDING = tl.constexpr(128)  # rows of delta and exponent; every block of queries divides it
 
 
 @triton.jit
 def _delta_kernel(
-    o_ptr, do_ptr, dlse_ptr, delta_ptr, stride_ob, stride_oh, stride_on,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, exponent_ptr, stride_ob, stride_oh, stride_on,
     stride_dob, stride_doh, stride_don, H, Q,
     D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, HAS_DLSE: tl.constexpr,
     STEP: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(Q, BLOCK_Q)
+    """Store of each query what its scores' gradient subtracts, and what their exponent does."""
+    blocks = padded(Q) // BLOCK_Q
     first_row = (tl.program_id(0) % blocks) * BLOCK_Q
     head_index = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = head_index // H, head_index % H
@@ -51,43 +67,40 @@ def _delta_kernel(
     delta = row_dot(o, do, PART_1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
-    tl.store(delta_ptr + head_index * Q + rows, delta, mask=rows < Q)
+    tl.store(delta_ptr + head_index * padded(Q) + rows, delta)
+    exponent = load_exponent(lse_ptr + head_index * Q, rows, Q)
+    tl.store(exponent_ptr + head_index * padded(Q) + rows, exponent)
 
 
 @triton.jit
-def load_lse(lse_ptr, rows, Q):
+def load_exponent(lse_ptr, rows, Q):
     """Load LSE rows in units of log 2; +inf, which makes P zero, for rows that see no key."""
     lse = tl.load(lse_ptr + rows, mask=rows < Q, other=-INFINITY)
     return tl.where(lse == -INFINITY, INFINITY, lse * LOG2_E)
 
 
 @triton.jit
-def _weights_and_score_gradient(
-    product, dp, lse, delta, rows, columns, head_index, mask_ptr, stride_mq, stride_mk, seed_ptr,
-    Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
-    MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr, SCALED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CHECK: tl.constexpr,
-):  # fmt: skip
-    """Return P after dropout and dS of one tile; all operands broadcast to it, either way round."""
-    scores, capped = masked_scores(
-        product, rows, columns, mask_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left,
-        right, MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, CHECK,
-    )  # fmt: skip
-    p = tl.exp2(scores * unit - lse)
-    dropped = p
-    if HAS_DROPOUT:
-        keep = keep_weights(seed_ptr, head_index, rows, columns, dropout_p)
-        kept = 1.0 / (1.0 - dropout_p)
-        dropped = tl.where(keep, p * kept, 0.0)
-        dp = tl.where(keep, dp * kept, 0.0)
-    ds = p * (dp - delta)
-    return dropped, ds, capped
+def padded(Q):
+    """Return how many rows `row_terms` stores of a head: up to a multiple of every block."""
+    return tl.cdiv(Q, ROW_PADDING) * ROW_PADDING
+
+
+@triton.jit
+def load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q):
+    """Load delta and exponent of some rows of a head; rows past the last have a P of 0."""
+    first = head_index * padded(Q)
+    return tl.load(delta_ptr + first + rows), tl.load(exponent_ptr + first + rows)
+
+
+@triton.jit
+def _drop(weights, keep, dropout_p):
+    return tl.where(keep, weights * (1.0 / (1.0 - dropout_p)), 0.0)
 
 
 @triton.jit
 def _flash_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, mask_ptr, seed_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dmask_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, exponent_ptr, mask_ptr,
+    seed_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
@@ -98,7 +111,7 @@ def _flash_dkdv_kernel(
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
     SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     ONE_BLOCK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DMASK: tl.constexpr,
-    STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dK and dV of one block of keys over the queries of one split; with ONE_BLOCK also dQ."""
     blocks = tl.cdiv(K, BLOCK_K)
@@ -137,16 +150,14 @@ def _flash_dkdv_kernel(
         mask_head_ptr = mask_ptr
         if MASK > 0:
             mask_head_ptr = mask_ptr + batch * stride_mb + head * stride_mh
+        q_rows = open_rows(q_ptr + head * stride_qh, stride_qn, Q, BLOCK_Q, PART_0, PART_1, D, TMA)
+        do_rows = open_rows(
+            do_ptr + head * stride_doh, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, TMA
+        )
         for start in range(low, high, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
-            q = load_parts(
-                q_ptr + head * stride_qh, start, stride_qn, Q,
-                BLOCK_Q, PART_0, PART_1, D, True,
-            )  # fmt: skip
-            do = load_parts(
-                do_ptr + head * stride_doh, start, stride_don, Q,
-                BLOCK_Q, PART_0, PART_1, D, True,
-            )  # fmt: skip
+            q = load_rows(q_rows, start, Q, BLOCK_Q, PART_0, PART_1, D, True, TMA)
+            do = load_rows(do_rows, start, Q, BLOCK_Q, PART_0, PART_1, D, True, TMA)
             if ONE_BLOCK:
                 o = load_parts(
                     o_ptr + head * stride_oh, start, stride_on, Q,
@@ -155,18 +166,24 @@ def _flash_dkdv_kernel(
                 delta = row_dot(o, do, PART_1)
                 if HAS_DLSE:
                     delta -= tl.load(dlse_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
+                exponent = load_exponent(lse_ptr + head_index * Q, rows, Q)
             else:
-                delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
-            p, ds, capped = _weights_and_score_gradient(
-                contract(k, q, PART_1, PRECISION), contract(v, do, PART_1, PRECISION),
-                load_lse(lse_ptr + head_index * Q, rows, Q)[None, :], delta[None, :],
-                rows[None, :], columns, head_index,
-                mask_head_ptr, stride_mq, stride_mk, seed_ptr,
-                Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
-                MASK, HAS_DROPOUT, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT,
-                ONE_BLOCK or HAS_LEFT or HAS_RIGHT,
+                delta, exponent = load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q)
+            scores, capped = masked_scores(
+                contract(k, q, PART_1, PRECISION), rows[None, :], columns,
+                mask_head_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left, right,
+                MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, ONE_BLOCK or HAS_LEFT or HAS_RIGHT,
             )  # fmt: skip
-            dv = accumulate(dv, p, do, PART_1, PRECISION)
+            p = tl.exp2(scores * unit - exponent[None, :])
+            dropped = p
+            if HAS_DROPOUT:
+                keep = keep_weights(seed_ptr, head_index, rows[None, :], columns, dropout_p)
+                dropped = _drop(p, keep, dropout_p)
+            dv = accumulate(dv, dropped, do, PART_1, PRECISION)  # before dP takes registers
+            dp = contract(v, do, PART_1, PRECISION)
+            if HAS_DROPOUT:
+                dp = _drop(dp, keep, dropout_p)
+            ds = p * (dp - delta[None, :])
             if ONE_BLOCK and HAS_DMASK:
                 _store_dmask(dmask_ptr + head_index * Q * K, rows[None, :], columns, Q, K, ds)
             if HAS_CAP:
@@ -193,7 +210,7 @@ def _store_dmask(dmask_ptr, rows, columns, Q, K, ds):
 
 @triton.jit
 def _flash_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr, seed_ptr, dq_ptr, dmask_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, delta_ptr, exponent_ptr, mask_ptr, seed_ptr, dq_ptr, dmask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_dqb, stride_dqh, stride_dqn, stride_mb, stride_mh, stride_mq, stride_mk,
@@ -201,7 +218,8 @@ def _flash_dq_kernel(
     D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
     SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_DMASK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DMASK: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dQ of one block of queries over the keys that they attend."""
     blocks = tl.cdiv(Q, BLOCK_Q)
@@ -220,8 +238,9 @@ def _flash_dq_kernel(
     rows = first_row + tl.arange(0, BLOCK_Q)
     q = load_parts(q_ptr, first_row, stride_qn, Q, BLOCK_Q, PART_0, PART_1, D, True)
     do = load_parts(do_ptr, first_row, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, True)
-    lse = load_lse(lse_ptr + head_index * Q, rows, Q)[:, None]
-    delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)[:, None]
+    delta, exponent = load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q)
+    k_rows = open_rows(k_ptr, stride_kn, K, BLOCK_K, PART_0, PART_1, D, TMA)
+    v_rows = open_rows(v_ptr, stride_vn, K, BLOCK_K, PART_0, PART_1, D, TMA)
     dq = zero_parts(BLOCK_Q, PART_0, PART_1)
     low, whole, high = key_range(
         first_row, Q, K, diagonal, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
@@ -231,14 +250,21 @@ def _flash_dq_kernel(
         end = high if CHECK == 1 else whole
         for start in range(begin, end, BLOCK_K):
             columns = start + tl.arange(0, BLOCK_K)
-            k = load_parts(k_ptr, start, stride_kn, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1)
-            v = load_parts(v_ptr, start, stride_vn, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1)
-            _, ds, capped = _weights_and_score_gradient(
-                contract(q, k, PART_1, PRECISION), contract(do, v, PART_1, PRECISION), lse, delta,
-                rows[:, None], columns[None, :], head_index, mask_ptr, stride_mq, stride_mk,
-                seed_ptr, Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
-                MASK, HAS_DROPOUT, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, CHECK == 1,
+            k = load_rows(k_rows, start, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1, TMA)
+            v = load_rows(v_rows, start, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1, TMA)
+            scores, capped = masked_scores(
+                contract(q, k, PART_1, PRECISION), rows[:, None], columns[None, :],
+                mask_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left, right,
+                MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, CHECK == 1,
             )  # fmt: skip
+            p = tl.exp2(scores * unit - exponent[:, None])
+            dp = contract(do, v, PART_1, PRECISION)
+            if HAS_DROPOUT:
+                keep = keep_weights(
+                    seed_ptr, head_index, rows[:, None], columns[None, :], dropout_p
+                )
+                dp = _drop(dp, keep, dropout_p)
+            ds = p * (dp - delta[:, None])
             if HAS_DMASK:
                 _store_dmask(
                     dmask_ptr + head_index * Q * K, rows[:, None], columns[None, :], Q, K, ds
@@ -270,63 +296,109 @@ def flash_backward(
     dmask: Tensor | None,  # (B, H, Q, K) float32, zeroed, contiguous
 ) -> None:
     """Launch the backward kernels into `dq`, `dk`, `dv` and, where given, `dmask`."""
-    one_block = problem.one_block
-    mask_strides = attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)
     read = (query, key, value, out, dout)
-    flags = {**problem.flags(), "STEP": common_step(*(tensor.stride()[:3] for tensor in read))}
-    delta = None
+    tma = takes_tensor_maps(problem, read)
+    one_block = problem.one_block
+    delta = exponent = None
     if not one_block:
-        delta = torch.empty_like(lse)
-        launch_delta(problem, out, dout, dlse, delta)
-    config = problem.config("one_block" if one_block else "key_gradient")
-    heads = problem.batch * problem.kv_heads
+        delta, exponent = row_terms(problem, out, dout, lse, dlse)
+    config = problem.config("one_block" if one_block else "key_gradient", tma=tma)
     splits, rows_a_split = split_queries(problem, config.block_q, config.block_k)
-    dk_parts, dv_parts = dk[None], dv[None]
-    if splits > 1:
-        dk_parts, dv_parts = torch.empty(
-            (2, splits, *dk.shape), dtype=torch.float32, device=dk.device
-        )
-    grid = (triton.cdiv(problem.key_length, config.block_k) * heads, splits)
-    _flash_dkdv_kernel[grid](
-        query, key, value, out, dout, lse, dlse, delta, attn_mask, seed,
-        dq, dk_parts, dv_parts, dmask,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        *dout.stride()[:3], *dq.stride()[:3], *dk_parts.stride()[:4], *dv_parts.stride()[:4],
-        *mask_strides, *problem.numbers(), rows_a_split, **flags,
-        BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
-        ONE_BLOCK=one_block, HAS_DLSE=dlse is not None, HAS_DMASK=dmask is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        dk.copy_(dk_parts.sum(0))
-        dv.copy_(dv_parts.sum(0))
+    with summed_parts(dk, dv, splits) as (dk_parts, dv_parts):
+        strides = strides_of((*read, dq), attn_mask)
+        parts = (*dk_parts.stride()[:4], *dv_parts.stride()[:4])
+        flags = (one_block, dlse is not None, dmask is not None)
+        _key_plan(problem, strides, parts, config, (splits, rows_a_split), flags)(
+            _flash_dkdv_kernel, query, key, value, out, dout, lse, dlse, delta, exponent,
+            attn_mask, seed, dq, dk_parts, dv_parts, dmask,
+        )  # fmt: skip
     if one_block:
         return
-    config = problem.config("query_gradient")
-    grid = (triton.cdiv(problem.query_length, config.block_q) * problem.batch * problem.heads,)
-    _flash_dq_kernel[grid](
-        query, key, value, dout, lse, delta, attn_mask, seed, dq, dmask,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3],
-        *dq.stride()[:3], *mask_strides, *problem.numbers(), **flags,
-        BLOCK_Q=config.block_q, BLOCK_K=config.block_k, HAS_DMASK=dmask is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    config = problem.config("query_gradient", tma=tma)
+    strides = strides_of((query, key, value, dout, dq), attn_mask)
+    _query_plan(problem, strides, config, dmask is not None)(
+        _flash_dq_kernel, query, key, value, dout, delta, exponent, attn_mask, seed, dq, dmask
+    )
 
 
-def launch_delta(
-    problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor
-) -> None:
+@functools.lru_cache(maxsize=1024)
+def _key_plan(
+    problem: Problem,
+    strides: tuple[int, ...],  # of query, key, value, out, dout, dq and the mask
+    parts: tuple[int, ...],  # the strides of dK's and dV's parts
+    config: Config,
+    split: tuple[int, int],
+    flags: tuple[bool, bool, bool],
+) -> Launch:
+    splits, rows_a_split = split
+    one_block, has_dlse, has_dmask = flags
+    blocks = triton.cdiv(problem.key_length, config.block_k)
+    numbers = (*strides[:18], *parts, *strides[18:], *problem.numbers(), rows_a_split)
+    constants = {
+        **problem.flags(),
+        **config.constants(),
+        "STEP": common_step(strides[:15]),
+        "ONE_BLOCK": one_block,
+        "HAS_DLSE": has_dlse,
+        "HAS_DMASK": has_dmask,
+    }
+    grid = (blocks * problem.batch * problem.kv_heads, splits)
+    return Launch(grid, numbers, constants, config.tma)
+
+
+@functools.lru_cache(maxsize=1024)
+def _query_plan(
+    problem: Problem,
+    strides: tuple[int, ...],  # of query, key, value, dout, dq and the mask
+    config: Config,
+    has_dmask: bool,
+) -> Launch:
+    blocks = triton.cdiv(problem.query_length, config.block_q)
+    constants = {
+        **problem.flags(),
+        **config.constants(),
+        "STEP": common_step(strides[:12]),
+        "HAS_DMASK": has_dmask,
+    }
+    numbers = (*strides, *problem.numbers())
+    return Launch((blocks * problem.batch * problem.heads,), numbers, constants, config.tma)
+
+
+def row_terms(
+    problem: Problem, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor]:  # (B, H, padded Q) float32, each
+    """Launch the kernel of delta, rowsum(dO ∘ O) - dLSE, and of the LSE in units of log 2."""
+    blocks = triton.cdiv(problem.query_length, ROW_PADDING.value)
+    delta, exponent = lse.new_empty(2, problem.batch, problem.heads, blocks * ROW_PADDING.value)
+    _row_plan(problem, strides_of((out, dout), None)[:6], dlse is not None)(
+        _delta_kernel, out, dout, lse, dlse, delta, exponent
+    )
+    return delta, exponent
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_plan(problem: Problem, strides: tuple[int, ...], has_dlse: bool) -> Launch:
     flags = problem.flags()
-    grid = (triton.cdiv(problem.query_length, 64) * problem.batch * problem.heads,)
-    _delta_kernel[grid](
-        out, dout, dlse, delta, *out.stride()[:3], *dout.stride()[:3],
-        problem.heads, problem.query_length,
-        D=flags["D"], PART_0=flags["PART_0"], PART_1=flags["PART_1"],
-        STEP=common_step(out.stride()[:3], dout.stride()[:3]),
-        HAS_DLSE=dlse is not None, BLOCK_Q=64, num_warps=4,
-    )  # fmt: skip
+    constants = {name: flags[name] for name in ("D", "PART_0", "PART_1")}
+    constants |= {"STEP": common_step(strides), "HAS_DLSE": has_dlse, "BLOCK_Q": 64, "num_warps": 4}
+    blocks = triton.cdiv(problem.query_length, ROW_PADDING.value) * (ROW_PADDING.value // 64)
+    grid = (blocks * problem.batch * problem.heads,)
+    return Launch(grid, (*strides, problem.heads, problem.query_length), constants)
 
 
+@contextlib.contextmanager
+def summed_parts(dk: Tensor, dv: Tensor, splits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what the splits of the queries write: dK and dV, or float32 parts, summed on exit."""
+    if splits == 1:
+        yield dk[None], dv[None]
+        return
+    shares = torch.empty((2, splits, *dk.shape), dtype=torch.float32, device=dk.device)
+    yield shares[0], shares[1]
+    dk.copy_(shares[0].sum(0))
+    dv.copy_(shares[1].sum(0))
+
+
+@functools.cache
 def split_queries(problem: Problem, block_q: int, block_k: int) -> tuple[int, int]:
     """Return into how many parts, of how many rows, a key block's queries are split to fill a GPU.
 

@@ -6,10 +6,13 @@ Scores stay in natural units; `unit` turns a score into an exponent of 2, so tha
 one FMA.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldm4ts_kernels.kernels.launch import Launch
 from ldm4ts_kernels.kernels.primitives import (
     INFINITY,
     LN_2,
@@ -17,13 +20,20 @@ from ldm4ts_kernels.kernels.primitives import (
     aligned,
     contract,
     keep_weights,
-    load_parts,
+    load_rows,
     masked_scores,
+    open_rows,
     scale_parts,
     store_parts,
     zero_parts,
 )
-from ldm4ts_kernels.kernels.problem import Problem, common_step
+from ldm4ts_kernels.kernels.problem import (
+    Problem,
+    common_step,
+    strides_of,
+    takes_tensor_maps,
+)
+from ldm4ts_kernels.kernels.tuning import Config
 
 
 @triton.jit
@@ -55,7 +65,8 @@ def _flash_fwd_kernel(
     D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HAS_CAP: tl.constexpr, SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr, SPECIALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Q, BLOCK_Q)
     first_row = (tl.program_id(0) % blocks) * BLOCK_Q
@@ -71,7 +82,10 @@ def _flash_fwd_kernel(
         mask_ptr += batch * stride_mb + head * stride_mh
 
     rows = first_row + tl.arange(0, BLOCK_Q)
-    q = load_parts(q_ptr, first_row, stride_qn, Q, BLOCK_Q, PART_0, PART_1, D, True)
+    q_rows = open_rows(q_ptr, stride_qn, Q, BLOCK_Q, PART_0, PART_1, D, TMA)
+    k_rows = open_rows(k_ptr, stride_kn, K, BLOCK_K, PART_0, PART_1, D, TMA)
+    v_rows = open_rows(v_ptr, stride_vn, K, BLOCK_K, PART_0, PART_1, D, TMA)
+    q = load_rows(q_rows, first_row, Q, BLOCK_Q, PART_0, PART_1, D, True, TMA)
     total = zero_parts(BLOCK_Q, PART_0, PART_1)
     row_max = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
@@ -80,12 +94,13 @@ def _flash_fwd_kernel(
     )
     # A row may see no key at all, or none in its first blocks: then -inf must not meet -inf.
     MAY_BE_EMPTY: tl.constexpr = (MASK > 0) or HAS_LEFT or HAS_RIGHT
-    for CHECK in tl.static_range(2):
+    # Specialised warps, some loading and some computing, take one loop: all blocks are whole.
+    for CHECK in tl.static_range(1 if SPECIALISE else 2):
         begin = whole if CHECK == 1 else low
         end = high if CHECK == 1 else whole
-        for start in range(begin, end, BLOCK_K):
+        for start in tl.range(begin, end, BLOCK_K, warp_specialize=SPECIALISE):
             columns = start + tl.arange(0, BLOCK_K)
-            k = load_parts(k_ptr, start, stride_kn, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1)
+            k = load_rows(k_rows, start, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1, TMA)
             scores, _ = masked_scores(
                 contract(q, k, PART_1, PRECISION), rows[:, None], columns[None, :],
                 mask_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left, right,
@@ -107,7 +122,7 @@ def _flash_fwd_kernel(
                     seed_ptr, head_index, rows[:, None], columns[None, :], dropout_p
                 )
                 weights = tl.where(keep, weights, 0.0)
-            v = load_parts(v_ptr, start, stride_vn, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1)
+            v = load_rows(v_rows, start, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1, TMA)
             total = accumulate(total, weights, v, PART_1, PRECISION)
             row_max = new_max
 
@@ -130,16 +145,23 @@ def flash_forward(
     lse: Tensor,  # (B, H, Q) float32, contiguous
 ) -> None:
     """Launch the forward kernel into `out` and `lse`."""
-    config = problem.config("forward")
-    grid = (triton.cdiv(problem.query_length, config.block_q) * problem.batch * problem.heads,)
-    _flash_fwd_kernel[grid](
-        query, key, value, attn_mask, seed, out, lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        *(attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)),
-        *problem.numbers(),
-        **problem.flags(),
-        BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
-        ONE_BLOCK=problem.key_length <= config.block_k,
-        STEP=common_step(*(tensor.stride()[:3] for tensor in (query, key, value, out))),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    operands = (query, key, value, out)
+    strides = strides_of(operands, attn_mask)
+    config = problem.config("forward", tma=takes_tensor_maps(problem, operands))
+    _plan(problem, strides, config)(
+        _flash_fwd_kernel, query, key, value, attn_mask, seed, out, lse
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(problem: Problem, strides: tuple[int, ...], config: Config) -> Launch:
+    blocks = triton.cdiv(problem.query_length, config.block_q)
+    constants = {
+        **problem.flags(),
+        **config.constants(),
+        "SPECIALISE": config.specialise,
+        "ONE_BLOCK": problem.key_length <= config.block_k,
+        "STEP": common_step(strides[:12]),
+    }
+    numbers = (*strides, *problem.numbers())
+    return Launch((blocks * problem.batch * problem.heads,), numbers, constants, config.tma)

@@ -10,12 +10,16 @@ because its error is what dS amplifies; P, dS and dO in INT8 are left for when a
 quantising them pays. Each gradient is summed by one program in a fixed order: no atomics.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldm4ts_kernels.kernels.flash_backward import launch_delta, load_lse, split_queries
+from ldm4ts_kernels.kernels.flash_backward import (
+    load_row_terms,
+    row_terms,
+    split_queries,
+    summed_parts,
+)
 from ldm4ts_kernels.kernels.flash_forward import key_range
 from ldm4ts_kernels.kernels.int8_forward import int8_flags
 from ldm4ts_kernels.kernels.primitives import (
@@ -31,7 +35,7 @@ from ldm4ts_kernels.kernels.primitives import (
     store_parts,
     zero_parts,
 )
-from ldm4ts_kernels.kernels.problem import Problem, common_step
+from ldm4ts_kernels.kernels.problem import Problem, common_step, strides_of
 from ldm4ts_kernels.kernels.quantize import Quantised
 
 ROW_STRIDES = ["stride_vn", "stride_don"]  # never constants: see int8_forward
@@ -39,7 +43,7 @@ ROW_STRIDES = ["stride_vn", "stride_don"]  # never constants: see int8_forward
 
 @triton.jit
 def _weights_and_score_gradient(
-    product, dp, lse, delta, rows, columns, mask_ptr, stride_mq, stride_mk, Q, K, factor,
+    product, dp, exponent, delta, rows, columns, mask_ptr, stride_mq, stride_mk, Q, K, factor,
     diagonal, left, right, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
@@ -48,13 +52,13 @@ def _weights_and_score_gradient(
         product.to(tl.float32), rows, columns, mask_ptr, stride_mq, stride_mk, Q, K, factor, 1.0,
         diagonal, left, right, MASK, False, True, HAS_LEFT, HAS_RIGHT, CHECK,
     )  # fmt: skip
-    p = tl.exp2(scores * LOG2_E - lse)
+    p = tl.exp2(scores * LOG2_E - exponent)
     return p, p * (dp - delta)
 
 
 @triton.jit(do_not_specialize=ROW_STRIDES)
 def _int8_dkdv_kernel(
-    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr,
+    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, do_ptr, delta_ptr, exponent_ptr, mask_ptr,
     dk_ptr, dv_ptr,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_dks, stride_dkb, stride_dkh, stride_dkn, stride_dvs, stride_dvb, stride_dvh, stride_dvn,
@@ -112,11 +116,11 @@ def _int8_dkdv_kernel(
                 do_ptr + head * aligned(stride_doh, STEP), start, stride_don, Q,
                 BLOCK_Q, PART_0, PART_1, D, True,
             )  # fmt: skip
-            delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
+            delta, exponent = load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q)
             p, ds = _weights_and_score_gradient(
                 contract(k, q, QK_1, PRECISION), contract(v, do, PART_1, PRECISION),
-                load_lse(lse_ptr + head_index * Q, rows, Q)[None, :], delta[None, :],
-                rows[None, :], columns, mask_head_ptr, stride_mq, stride_mk, Q, K,
+                exponent[None, :], delta[None, :], rows[None, :], columns,
+                mask_head_ptr, stride_mq, stride_mk, Q, K,
                 k_scale * q_scale, diagonal, left, right,
                 MASK, HAS_LEFT, HAS_RIGHT, HAS_LEFT or HAS_RIGHT,
             )  # fmt: skip
@@ -144,8 +148,8 @@ def _add_mean(dq, dlse, mean_ptr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1:
 
 @triton.jit(do_not_specialize=ROW_STRIDES)
 def _int8_dq_kernel(
-    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, mean_ptr, v_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr,
-    mask_ptr, dq_ptr,
+    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, mean_ptr, v_ptr, do_ptr, dlse_ptr, delta_ptr,
+    exponent_ptr, mask_ptr, dq_ptr,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_dqb, stride_dqh, stride_dqn, stride_mb, stride_mh, stride_mq, stride_mk,
     H, groups, Q, K, scale, diagonal, left, right,
@@ -176,8 +180,7 @@ def _int8_dq_kernel(
     q_scale_ptr += head_index * tl.cdiv(Q, QUANT_ROWS)
     q_scale = scale * tl.load(q_scale_ptr + rows // QUANT_ROWS, mask=rows < Q, other=0.0)
     do = load_parts(do_ptr, first_row, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, True)
-    lse = load_lse(lse_ptr + head_index * Q, rows, Q)[:, None]
-    delta = tl.load(delta_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)[:, None]
+    delta, exponent = load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q)
     dq = zero_parts(BLOCK_Q, QK_0, QK_1)
     low, whole, high = key_range(
         first_row, Q, K, diagonal, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
@@ -191,8 +194,9 @@ def _int8_dq_kernel(
             k_scale = tl.load(k_scale_ptr + start // QUANT_ROWS)
             v = load_parts(v_ptr, start, stride_vn, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1)
             _, ds = _weights_and_score_gradient(
-                contract(q, k, QK_1, PRECISION), contract(do, v, PART_1, PRECISION), lse, delta,
-                rows[:, None], columns[None, :], mask_ptr, stride_mq, stride_mk, Q, K,
+                contract(q, k, QK_1, PRECISION), contract(do, v, PART_1, PRECISION),
+                exponent[:, None], delta[:, None], rows[:, None], columns[None, :],
+                mask_ptr, stride_mq, stride_mk, Q, K,
                 (q_scale * k_scale)[:, None], diagonal, left, right,
                 MASK, HAS_LEFT, HAS_RIGHT, CHECK == 1,
             )  # fmt: skip
@@ -200,7 +204,9 @@ def _int8_dq_kernel(
             dq = accumulate(dq, ds, k, QK_1, PRECISION)
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)[:, None]
-        dlse = tl.where(lse == INFINITY, 0.0, dlse)  # a row that sees no key sends no gradient
+        dlse = tl.where(
+            exponent[:, None] == INFINITY, 0.0, dlse
+        )  # a row that sees no key sends no gradient
         dq = _add_mean(dq, dlse, mean_ptr + kv_index * WIDTH, WIDTH, QK_0, QK_1)
     dq_ptr += batch * stride_dqb + head * stride_dqh
     dq = scale_parts(dq, scale, QK_1)
@@ -221,36 +227,27 @@ def int8_backward(
     dv: Tensor,  # (B, G, K, D)
 ) -> None:
     """Launch the three backward kernels into `dq`, `dk` and `dv`."""
-    mask_strides = attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)
-    flags = int8_flags(problem)
-    flags["STEP"] = common_step(value.stride()[:3], dout.stride()[:3])
-    delta = torch.empty_like(lse)
-    launch_delta(problem, out, dout, dlse, delta)
+    strides = strides_of((value, dout, dq), attn_mask)
+    flags = {**int8_flags(problem), "STEP": common_step(strides[:6])}
+    numbers = (*problem.lengths(), problem.scale, *problem.band())
+    delta, exponent = row_terms(problem, out, dout, lse, dlse)
     config = problem.config("int8_key_gradient")
     splits, rows_a_split = split_queries(problem, config.block_q, config.block_k)
-    dk_parts, dv_parts = dk[None], dv[None]
-    if splits > 1:
-        dk_parts, dv_parts = torch.empty(
-            (2, splits, *dk.shape), dtype=torch.float32, device=dk.device
-        )
     kv_heads = problem.batch * problem.kv_heads
     grid = (triton.cdiv(problem.key_length, config.block_k) * kv_heads, splits)
-    _int8_dkdv_kernel[grid](
-        *quantised[:4], value, dout, lse, delta, attn_mask, dk_parts, dv_parts,
-        *value.stride()[:3], *dout.stride()[:3], *dk_parts.stride()[:4], *dv_parts.stride()[:4],
-        *mask_strides, *problem.lengths(), problem.scale, *problem.band(), rows_a_split, **flags,
-        BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        dk.copy_(dk_parts.sum(0))
-        dv.copy_(dv_parts.sum(0))
+    with summed_parts(dk, dv, splits) as (dk_parts, dv_parts):
+        _int8_dkdv_kernel[grid](
+            *quantised[:4], value, dout, delta, exponent, attn_mask, dk_parts, dv_parts,
+            *strides[:6], *dk_parts.stride()[:4], *dv_parts.stride()[:4], *strides[9:],
+            *numbers, rows_a_split, **flags,
+            BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     config = problem.config("int8_query_gradient")
     grid = (triton.cdiv(problem.query_length, config.block_q) * problem.batch * problem.heads,)
     _int8_dq_kernel[grid](
-        *quantised[:5], value, dout, lse, dlse, delta, attn_mask, dq,
-        *value.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
-        *mask_strides, *problem.lengths(), problem.scale, *problem.band(), **flags,
+        *quantised[:5], value, dout, dlse, delta, exponent, attn_mask, dq, *strides,
+        *numbers, **flags,
         BLOCK_Q=config.block_q, BLOCK_K=config.block_k, HAS_DLSE=dlse is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

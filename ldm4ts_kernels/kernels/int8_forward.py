@@ -124,6 +124,6 @@ def int8_forward(
         *(attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)),
         *problem.lengths(), problem.scale, *problem.band(), **int8_flags(problem),
         BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
-        STEP=common_step(value.stride()[:3], out.stride()[:3]),
+        STEP=common_step((*value.stride()[:3], *out.stride()[:3])),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -27,9 +27,11 @@ def aligned(stride, STEP: tl.constexpr):
 
 @triton.jit
 def tile_pointers(ptr, start, stride, BLOCK: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr):
-    # 64-bit row offsets: a tensor may hold more than 2^31 elements.
-    rows = tl.arange(0, BLOCK).to(tl.int64) + start
-    return ptr + rows[:, None] * stride + (FIRST + tl.arange(0, PART))[None, :]
+    # 64-bit row offsets: a tensor may hold more than 2^31 elements. What depends on `start` is one
+    # number, so that a loop over blocks keeps its tile of offsets in registers.
+    first = ptr + tl.cast(start, tl.int64) * stride
+    offsets = tl.arange(0, BLOCK).to(tl.int64)[:, None] * stride
+    return first + (offsets + (FIRST + tl.arange(0, PART))[None, :])
 
 
 @triton.jit
@@ -68,6 +70,42 @@ def load_parts(
     else:
         second = load_part(ptr, start, stride, length, BLOCK, PART_0, PART_1, D, CHECK_ROWS)
         return (first, second)
+
+
+@triton.jit
+def open_rows(
+    ptr, stride, length, BLOCK: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
+    D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return what `load_rows` reads blocks of a (length, D) matrix from.
+
+    With TMA they are tensor maps, which Hopper's copy engine follows by itself: no arithmetic for
+    addresses, and what lies outside the matrix arrives as 0.
+    """
+    if TMA:
+        first = tl.make_tensor_descriptor(ptr, [length, D], [stride, 1], [BLOCK, PART_0])
+        if PART_1 == 0:
+            return (first,)
+        else:
+            second = tl.make_tensor_descriptor(ptr, [length, D], [stride, 1], [BLOCK, PART_1])
+            return (first, second)
+    else:
+        return (ptr, stride)
+
+
+@triton.jit
+def load_rows(
+    source, start, length, BLOCK: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
+    D: tl.constexpr, CHECK_ROWS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Load rows start … start + BLOCK of what `open_rows` opened."""
+    if TMA:
+        if PART_1 == 0:
+            return (source[0].load([start, 0]),)
+        else:
+            return (source[0].load([start, 0]), source[1].load([start, PART_0]))
+    else:
+        return load_parts(source[0], start, source[1], length, BLOCK, PART_0, PART_1, D, CHECK_ROWS)
 
 
 @triton.jit

@@ -4,13 +4,30 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ldm4ts_kernels.kernels.tuning import Config, choose, fits_one_block, split_head_dim
+from ldm4ts_kernels.kernels.tuning import (
+    TMA_LENGTH,
+    Config,
+    choose,
+    choose_tma,
+    fits_one_block,
+    split_head_dim,
+)
 
 
-def common_step(*strides: tuple[int, ...]) -> int:
+def common_step(strides: tuple[int, ...]) -> int:
     """Return 8, which is 16 bytes of 16-bit elements, if it divides all strides; else 1."""
-    return 8 if all(stride % 8 == 0 for row in strides for stride in row) else 1
+    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+
+
+def strides_of(
+    operands: tuple[Tensor, ...],  # each (B, H, N, D)
+    attn_mask: Tensor | None,  # (B, H, Q, K)
+) -> tuple[int, ...]:
+    """Return the strides of the operands' first three dimensions, then the mask's four or zeros."""
+    strides = [stride for tensor in operands for stride in tensor.stride()[:3]]
+    return (*strides, *(attn_mask.stride() if attn_mask is not None else (0, 0, 0, 0)))
 
 
 class Problem(NamedTuple):
@@ -42,7 +59,10 @@ class Problem(NamedTuple):
         """Whether scores must be scaled before the exponent, rather than by its unit."""
         return self.mask == 2 or self.softcap is not None or self.scale <= 0.0
 
-    def config(self, stage: str) -> Config:
+    def config(self, stage: str, *, tma: bool = False) -> Config:
+        """Return the tile of a pass, with tensor maps where `tma` allows and they gain."""
+        if tma and (fast := choose_tma(stage, self.head_dim, self.key_length, self.plain)):
+            return fast
         return choose(
             stage,
             self.head_dim,
@@ -51,6 +71,11 @@ class Problem(NamedTuple):
             self.capability,
             self.mask != 0,
         )
+
+    @property
+    def plain(self) -> bool:
+        """Whether every query attends every key, by nothing but the softmax of their products."""
+        return not (self.mask or self.scaled or self.dropout_p) and self.window == (None, None)
 
     @property
     def one_block(self) -> bool:
@@ -95,3 +120,18 @@ class Problem(NamedTuple):
             # float32 inputs keep float32 accuracy: three tf32 products instead of one.
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }
+
+
+def takes_tensor_maps(problem: Problem, operands: tuple[Tensor, ...]) -> bool:
+    """Whether Hopper's copy engine can load these operands, and gains: long rows, 16-byte steps."""
+    return (
+        problem.capability[0] == 9
+        and problem.dtype.itemsize == 2
+        and min(problem.query_length, problem.key_length) >= TMA_LENGTH
+        and all(
+            tensor.device.type != "cpu"
+            and tensor.data_ptr() % 16 == 0
+            and all(stride % 8 == 0 for stride in tensor.stride()[:3])
+            for tensor in operands
+        )
+    )

@@ -228,7 +228,7 @@ def quantise(
         "WIDTH": stored_width(problem.head_dim),
         "QK_0": part_0,
         "QK_1": part_1,
-        "STEP": common_step(query.stride()[:3], key.stride()[:3]),
+        "STEP": common_step((*query.stride()[:3], *key.stride()[:3])),
         "num_warps": 4 if problem.head_dim <= 128 else 8,
     }
     rows_a_part = triton.cdiv(triton.cdiv(problem.key_length, MEAN_PARTS), MEAN_ROWS) * MEAN_ROWS

@@ -11,12 +11,28 @@ import triton
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The tile of one launch: queries and keys a block, warps a block, loads in flight."""
+    """The tile of one launch: queries and keys a block, warps a block, loads in flight.
+
+    tma: operands are loaded by Hopper's copy engine, through tensor maps.
+    specialise: one group of warps loads and two compute, 64 rows each, out of step with each other.
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    specialise: bool = False
+
+    def constants(self) -> dict[str, int | bool]:
+        """Return what a launch passes to the kernel and to Triton."""
+        return {
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "TMA": self.tma,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 # Shared memory a block may use: sm_80 163 KiB, sm_86/89/120 99 KiB, sm_90 227 KiB. A GPU takes the
@@ -102,6 +118,17 @@ TABLES = {
     "int8_key_gradient": INT8_KEY_GRADIENT,
     "int8_query_gradient": INT8_QUERY_GRADIENT,
 }
+# Rows for Hopper's tensor maps, 16-bit elements, where `problem.takes_tensor_maps`; (largest head
+# dim) → row. Head dims below 64 are slower so: their rows are no whole 128-byte lines. A row that
+# ends in True specialises its warps. NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-23, bf16.
+TMA = {
+    "forward": {64: (64, 128, 4, 2), 128: (128, 128, 4, 2, True)},
+    "key_gradient": {64: (128, 64, 4, 2), 128: (64, 64, 4, 2)},
+    "query_gradient": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
+}
+TMA_UNSPECIALISED = {128: (64, 64, 4, 3)}  # forward, for masks and for lengths with a remainder
+TMA_HEAD_DIM = 64  # at least
+TMA_LENGTH = 512  # queries and keys, at least
 # Rows of query or key that share one INT8 scale. Every tile that a kernel walks over divides it, so
 # that it has one scale.
 QUANT_ROWS = 64
@@ -130,6 +157,21 @@ def choose(
     if stage == "one_block":
         block_q, block_k, stages = max(16, block_q // (short // block_k or 1)), short, 1
     return Config(block_q, min(block_k, short), warps, stages)
+
+
+@functools.cache
+def choose_tma(stage: str, head_dim: int, key_length: int, plain: bool) -> Config | None:
+    """Return a pass's tile with tensor maps; None where pointers are as fast.
+
+    plain: no masks, no dropout, so that whole blocks of keys need no check and may be specialised.
+    """
+    top = next((top for top in TMA.get(stage, ()) if head_dim <= top), None)
+    if head_dim < TMA_HEAD_DIM or top is None:
+        return None
+    row = TMA[stage][top]
+    if len(row) > 4 and not (plain and key_length % row[1] == 0):
+        row = TMA_UNSPECIALISED[top]
+    return Config(*row[:4], tma=True, specialise=len(row) > 4)
 
 
 def fits_one_block(
