@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -190,3 +191,26 @@ def recommend_command(
         f" --batch-size {found.batch_size}"
     )
     out.print(command, highlight=False, soft_wrap=True)
+
+
+@app.command("panel")
+def panel_command(
+    port: Annotated[int, typer.Option("--port", help="To listen on.")] = 8080,
+    host: Annotated[
+        str, typer.Option("--host", help="Address; other than this machine's needs a --token.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option("--token", help="What a browser must know: ?token=...")
+    ] = None,
+    runs: Annotated[Path, typer.Option("--runs", help="Directory of the runs.")] = Path("runs"),
+) -> None:
+    """Open the panel in a browser: forecast, train, and see what fits the GPU."""
+    try:
+        from ldm4ts_kernels.panel.server import serve
+    except ModuleNotFoundError as error:
+        if error.name != "nicegui":
+            raise
+        raise OptionError("panel: pip install 'ldm4ts-kernels[panel]'") from error
+    address = f"[{host}]" if ":" in host else host
+    known = "" if token is None else "?token=TOKEN"
+    serve(runs, host, port, token, lambda: note(f"http://{address}:{port}/{known}  (Ctrl-C ends)"))

@@ -6,8 +6,8 @@ from pathlib import Path
 PACKAGE = "ldm4ts_kernels"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
-    ("reference", "requirements", "memory_trace", "graphs", "kernels.primitives", "kernels.tuning"),
-    ("kernels.problem", "kernels.flops"),
+    ("reference", "requirements", "graphs", "optimizers", "kernels.primitives", "kernels.tuning"),
+    ("memory_trace", "kernels.problem", "kernels.flops", "kernels.launch"),
     ("kernels.flash_forward", "kernels.quantize"),
     ("kernels.flash_backward", "kernels.int8_forward"),
     ("kernels.flash", "kernels.int8_backward", "native"),
@@ -21,7 +21,7 @@ LAYERS = (
     ("acceleration", "diffusers_integration"),
     ("model",),
     ("model_memory",),
-    ("vram", "data", "metrics", "process", "batches", "optimizers"),
+    ("vram", "data", "metrics", "process", "batches"),
     ("checkpoints",),
     ("runs", "evaluation", "plots", "training_step"),
     ("run_file", "training_log", "ladder"),

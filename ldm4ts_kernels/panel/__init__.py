@@ -1,0 +1,1 @@
+"""`ldm4ts panel`: widgets over what the command line calls. Nothing is decided here."""

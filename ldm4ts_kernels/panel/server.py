@@ -1,0 +1,96 @@
+"""The panel's page and its server: three tabs, one state, a gate before everything."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from nicegui import app, background_tasks, ui
+
+from ldm4ts_kernels import __version__
+from ldm4ts_kernels.panel.access import AccessGate, check_exposure
+from ldm4ts_kernels.panel.forecast_tab import ForecastTab
+from ldm4ts_kernels.panel.memory_tab import MemoryTab
+from ldm4ts_kernels.panel.state import PanelState
+from ldm4ts_kernels.panel.training_tab import TrainingTab
+
+# The original guide's path: Generative Forecast, LDM4TS Training, Memory Optimization.
+TABS = {
+    "Generative Forecast": ForecastTab,
+    "LDM4TS Training": TrainingTab,
+    "Memory Optimization": MemoryTab,
+}
+TITLE = "LDM4TS"
+STYLE = """
+.nicegui-content { padding: 0; }
+.q-tab { text-transform: none; }
+:focus-visible { outline: 2px solid #3b82f6; outline-offset: 2px; }
+"""
+
+
+def build_page(panel: PanelState) -> None:
+    """Lay out the page for one browser. The address keeps the tab, so that a reload stays there."""
+    ui.add_css(STYLE)
+    ui.colors(primary="#1d4ed8", positive="#15803d", negative="#b91c1c", warning="#b45309")
+    dark = ui.dark_mode(None)
+    chosen = ui.context.client.request.query_params.get("tab", "")
+    with ui.header().classes("items-center gap-x-4 gap-y-0 py-1"):
+        ui.label(TITLE).classes("text-lg font-medium").props("role=heading aria-level=1")
+        ui.label(__version__).classes("text-xs opacity-70 grow")
+        with ui.button(icon="contrast", on_click=lambda: _switch(dark)).props(
+            'flat round color=white aria-label="Dark or light"'
+        ):
+            ui.tooltip("Dark or light")
+        with (
+            ui.tabs(on_change=_keep_tab)
+            .classes("w-full")
+            .props("align=left outside-arrows mobile-arrows") as tabs
+        ):
+            for name in TABS:
+                ui.tab(name).mark(f"tab-{name}")
+    first = chosen if chosen in TABS else next(iter(TABS))
+    with ui.tab_panels(tabs, value=first).classes("w-full bg-transparent max-w-screen-2xl mx-auto"):
+        for name, build in TABS.items():
+            with ui.tab_panel(name).classes("gap-4 p-3 sm:p-4"):
+                build(panel)
+
+
+def _switch(dark: ui.dark_mode) -> None:
+    """Go from the system's choice to dark, and from there between dark and light."""
+    dark.value = not dark.value
+
+
+def _keep_tab(event: object) -> None:
+    ui.navigate.history.replace(f"?tab={getattr(event, 'value', '')}")
+
+
+def create_app(panel: PanelState, host: str, port: int, token: str | None) -> AccessGate:
+    """Return the panel as an ASGI app behind its gate. Raises OptionError as check_exposure."""
+    check_exposure(host, token)
+    application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.on_startup
+    def prepare() -> None:
+        background_tasks.create(panel.prepare(), name="prepare")
+
+    app.on_shutdown(panel.close)
+    ui.run_with(
+        application,
+        root=lambda: build_page(panel),
+        title=TITLE,
+        dark=None,
+        show_welcome_message=False,
+    )
+    return AccessGate(application, token, port)
+
+
+def serve(
+    root: Path, host: str, port: int, token: str | None, on_ready: Callable[[], None]
+) -> None:
+    """Serve the panel until Ctrl-C; a run that is training then stops with a checkpoint.
+
+    on_ready is called when everything but the listening itself has succeeded.
+    """
+    gate = create_app(PanelState(root), host, port, token)
+    on_ready()
+    uvicorn.run(gate, host=host, port=port, log_level="warning", server_header=False)
