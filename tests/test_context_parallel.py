@@ -15,62 +15,32 @@ from ldm4ts_kernels.context_parallel import shared_attention
 from ldm4ts_kernels.plugged_layer import Policy
 
 ROOT = Path(__file__).parents[1]
-WORKER = """
-import sys
-from types import SimpleNamespace
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from ldm4ts_kernels.dispatcher import _member
-from ldm4ts_kernels.plugged_layer import Policy
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-attend = _AttentionBackendRegistry._backends[_member(Policy())]
-torch.manual_seed(0)
-whole = [torch.randn(2, 8, 2, 16) for _ in range(4)]  # query, key, value, dout: (B, N, H, D)
-query, key, value = (tensor.clone().requires_grad_() for tensor in whole[:3])
-expected = torch.nn.functional.scaled_dot_product_attention(
-    *(tensor.transpose(1, 2) for tensor in (query, key, value))
-).transpose(1, 2)
-expected.backward(whole[3])
-for degrees in ({"ring_degree": 2, "ulysses_degree": 1}, {"ring_degree": 1, "ulysses_degree": 2}):
-    config = SimpleNamespace(
-        **degrees, convert_to_fp32=True, ring_anything=False, ulysses_anything=False,
-        _ring_mesh=mesh, _ulysses_mesh=mesh, _ring_local_rank=rank, _ulysses_local_rank=rank,
-        _world_size=2,
-    )
-    part = [tensor.chunk(2, dim=1)[rank].clone().requires_grad_() for tensor in whole[:3]]
-    out = attend(*part, _parallel_config=SimpleNamespace(context_parallel_config=config))
-    out.backward(whole[3].chunk(2, dim=1)[rank])
-    torch.testing.assert_close(out, expected.chunk(2, dim=1)[rank], rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(part, (query, key, value), strict=True):
-        torch.testing.assert_close(
-            ours.grad, theirs.grad.chunk(2, dim=1)[rank], rtol=1e-4, atol=1e-5
-        )
-    print("agrees")
-dist.destroy_process_group()
-"""
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
+]
 
 
-def test_ring_and_ulysses_compute_what_one_device_computes(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-c", WORKER]
+@pytest.mark.parametrize("task", ["attention", "model", "torch"])
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_two_devices_compute_what_one_computes_by_ring_and_by_ulysses(kind, task, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if kind == "cpu":
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.context_parallel_worker"]
     workers = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
+            [*command, str(rank), str(tmp_path / "store"), kind, task],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+            env=environment,
         )
         for rank in range(2)
     ]
     for worker in workers:
-        out, error = worker.communicate(timeout=120)
-        assert out.split() == ["agrees", "agrees"], error
+        out, error = worker.communicate(timeout=240)
+        assert out == "agrees\n", error
 
 
 @pytest.mark.parametrize("policy", [Policy("int8"), Policy("exact", "sdpa")])
