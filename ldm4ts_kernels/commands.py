@@ -95,6 +95,9 @@ Checkpointing = Annotated[
         "Model",
     ),
 ]
+CheckpointingMode = Annotated[
+    str | None, _option("--checkpointing", "none, full, selective: the same, by mode.", "Model")
+]
 
 ModelFields = Annotated[
     list[str] | None,
@@ -140,6 +143,31 @@ BatchSize = Annotated[
 LearningRate = Annotated[
     float | None,
     _option("--learning-rate", "At its peak, of the forecaster", "Optimisation", "learning_rate"),
+]
+Optimizer = Annotated[
+    str | None, _option("--optimizer", "adamw, adamw8bit", "Optimisation", "optimizer")
+]
+Accumulate = Annotated[
+    int | None, _option("--accumulate", "Parts of a batch", "Optimisation", "accumulate")
+]
+Weights = Annotated[
+    str | None, _option("--weights", "fp32, bf16: of the forecaster", "Optimisation", "weights")
+]
+OptimizerInBackward = Annotated[
+    bool | None,
+    _option(
+        "--optimizer-in-backward/--no-optimizer-in-backward",
+        "Use and free each gradient as it comes; needs --gradient-clip 0.",
+        "Optimisation",
+    ),
+]
+OffloadActivations = Annotated[
+    bool | None,
+    _option(
+        "--offload-activations/--no-offload-activations",
+        "Keep them in the host's memory until the backward pass.",
+        "Optimisation",
+    ),
 ]
 AutoencoderLearningRate = Annotated[
     float | None,
@@ -188,6 +216,7 @@ def train_command(
     image_size: ImageSize = None,
     attention_backend: Attention = None,
     gradient_checkpointing: Checkpointing = None,
+    checkpointing: CheckpointingMode = None,
     model_field: ModelFields = None,
     config_file: RunFile = None,
     output: Output = None,
@@ -207,6 +236,11 @@ def train_command(
     warmup_steps: WarmupSteps = None,
     weight_decay: WeightDecay = None,
     gradient_clip: GradientClip = None,
+    optimizer: Optimizer = None,
+    accumulate: Accumulate = None,
+    weights: Weights = None,
+    optimizer_in_backward: OptimizerInBackward = None,
+    offload_activations: OffloadActivations = None,
     validate_every: ValidateEvery = None,
     eval_windows: EvalWindows = None,
     eval_samples: EvalSamples = None,
@@ -236,6 +270,9 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     of_data = [entry.name for entry in dataclasses.fields(DataConfig)]
     data = {name: flags.pop(name) for name in of_data}
     data = {name: _parse_data(name, value) for name, value in data.items() if value is not None}
+    switch = flags.pop("gradient_checkpointing")
+    if switch is not None and flags["checkpointing"] is None:
+        flags["checkpointing"] = "full" if switch else "none"
     given = {} if file is None else read_run_file(file)
     given.update((name, value) for name, value in flags.items() if value is not None)
     for name, over in (("data", data), ("model_fields", fields)):

@@ -92,7 +92,7 @@ def test_a_file_gives_options_and_flags_win(monkeypatch, ldm4ts, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "data: {name: sp500, horizons: 1-3, history: 48}\nmodel_fields: {dropout: 0.3}\n"
-        "learning_rate: 1e-4\nsteps: 7\nseed: 5\ngradient_checkpointing: true\ndevice: cpu\n"
+        "learning_rate: 1e-4\nsteps: 7\nseed: 5\ncheckpointing: full\ndevice: cpu\n"
     )
     flags = "--steps 9 --seed 0 --history 60 --no-gradient-checkpointing --model-field d_model=64"
     assert ldm4ts("train", "--config", str(file), *flags.split())[0] == 1
@@ -100,7 +100,7 @@ def test_a_file_gives_options_and_flags_win(monkeypatch, ldm4ts, tmp_path):
     assert (config.steps, config.seed, config.learning_rate) == (9, 0, 1e-4)
     assert (config.data.horizons, config.data.history) == ((1, 2, 3), 60)
     assert config.model_fields == {"dropout": 0.3, "d_model": 64}
-    assert config.gradient_checkpointing is False
+    assert config.checkpointing == "none"
 
 
 def test_a_run_can_be_repeated_from_its_own_configuration(run_directory):
