@@ -131,7 +131,7 @@ def share_by_torch(rank: int, device: torch.device) -> None:
     for one, other in zip(ring(rank, whole, device), theirs, strict=True):
         quarters = other.chunk(2 * WORLD, 2)  # each process has one early and one late part
         assert_agrees(one, torch.cat((quarters[rank], quarters[2 * WORLD - 1 - rank]), 2))
-    assert launches or load_error() is None, "torch's own kernels ran"
+    assert launches or device.type == "cuda", "torch's own kernels ran"
 
 
 def ring_of_torch(rank: int, whole: list[Tensor], device: torch.device) -> list[Tensor]:
