@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm4ts_kernels.plugged_layer import PluggedLayer
+from ldm4ts_kernels.plugged_layer import PluggedLayer, Policy
 
 
 class AttentionProcessor:
     """Run a diffusers `Attention` module of a U-Net or autoencoder as its layer's policy says.
 
-    Computes what `AttnProcessor2_0` computes. `layer` tells who served the last call.
+    Computes what `AttnProcessor2_0` computes. `layer` tells who served the last call. Loading an
+    IP-Adapter, diffusers makes one without a layer for each self-attention: that one is exact.
     """
 
-    def __init__(self, layer: PluggedLayer) -> None:
-        self.layer = layer
+    def __init__(self, layer: PluggedLayer | None = None) -> None:
+        self.layer = PluggedLayer("", Policy()) if layer is None else layer
 
     def __call__(
         self,

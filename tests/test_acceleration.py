@@ -211,6 +211,51 @@ def test_verify_finds_what_a_later_call_displaced_and_removing_leaves_it(displac
     assert {type(processor).__name__ for processor in model.attn_processors.values()} == {found}
 
 
+def load_ip_adapter(model):
+    """Load a small IP-Adapter with random weights, as `pipe.load_ip_adapter` does."""
+    cross = [name for name in model.attn_processors if name.endswith("attn2.processor")]
+    weights = {
+        f"{1 + 2 * index}.to_{kind}_ip.weight": families.random(16, 16)
+        for index in range(len(cross))
+        for kind in "kv"
+    }
+    image = {"proj.weight": families.random(64, 32), "proj.bias": torch.zeros(64)}
+    image |= {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
+    model._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": weights}])
+
+
+def test_verify_finds_an_ip_adapter_and_the_model_runs_with_it():
+    plain, model = build(UNET), build(UNET)
+    handle = accelerate_attention(model)
+    for each in (plain, model):
+        load_ip_adapter(each)
+    with pytest.raises(RuntimeError, match="attn2 now has IPAdapterAttnProcessor2_0"):
+        handle.verify()
+    image = {"image_embeds": [families.random(2, 1, 32)]}
+    sample, context = families.random(2, 4, 8, 8), families.random(2, 5, 16)
+    ours, theirs = (each(sample, 3, context, added_cond_kwargs=image) for each in (model, plain))
+    torch.testing.assert_close(ours.sample, theirs.sample)
+    with pytest.warns(UserWarning, match="keep what displaced the plugged ones"):
+        handle.remove()
+
+
+def test_an_autoencoders_one_head_of_512_is_served_and_the_report_says_by_whom():
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(512,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        layers_per_block=1,
+    )
+    image = families.random(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(image).sample
+        with accelerate_attention(model) as handle:
+            torch.testing.assert_close(model(image).sample, expected)
+    for row in handle.report():
+        assert (row.shape, row.served_by) == ((1, 1, 64, 64, 512), "sdpa")
+        assert "takes head dims up to 256, got 512" in row.reasons["native"]
+
+
 def test_verify_finds_a_dispatcher_or_encoder_that_was_switched():
     flux, clip = build(FLUX), build(CLIP)
     handles = accelerate_attention(flux), accelerate_attention(clip)
