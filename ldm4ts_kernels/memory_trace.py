@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ldm4ts_kernels.optimizers import step_in_backward
+
 # Allocated in the forward pass; in the backward pass and the optimizer what is no gradient.
 CATEGORIES = ("parameters", "gradients", "optimizer", "inputs", "activations", "temporaries")
 PHASES = ("forward", "backward", "optimizer")
 aten = torch.ops.aten
 CONVOLUTIONS = frozenset({aten.convolution.default, aten.convolution_backward.default})
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # elements; torchao keeps smaller tensors as they are
 ROUNDING = 512  # bytes; what the CUDA caching allocator rounds every tensor up to
 
 
@@ -88,35 +91,78 @@ def trace_step(
     trained: Sequence[nn.Parameter],
     inputs: Iterable[Tensor],
     loss: Callable[[], Tensor],
+    optimizer: str = "adamw",
+    in_backward: bool = False,
+    parts: int = 1,
 ) -> Timeline:
-    """Record loss → backward → clipping → fused AdamW → zero_grad, the optimizer's states there.
+    """Record loss → backward → clipping → AdamW → zero_grad, the optimizer's states there.
 
     Call under FakeTensorMode, with a module and inputs of fake CPU tensors: sizes are those of a
-    GPU, and fake CUDA tensors cannot run a backward pass where there is no GPU.
+    GPU, and fake CUDA tensors cannot run a backward pass where there is no GPU. optimizer: one of
+    `optimizers.OPTIMIZERS`; in_backward: it steps there; parts: how many accumulate their
+    gradients, each of the size of the inputs.
     """
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    for parameter in trained:  # the states come with the first step, which needs no real gradient
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
+    adamw: Any = _AdamW8bit(trained) if optimizer == "adamw8bit" else _adamw(trained, in_backward)
     tracker = _Tracker()
     tracker.hold("parameters", [*module.parameters(), *module.buffers()])
-    tracker.hold("optimizer", tree_leaves(list(optimizer.state.values())))
+    tracker.hold("optimizer", tree_leaves(list(adamw.state.values())))
     tracker.hold("inputs", inputs)
     hooks = [p.register_post_accumulate_grad_hook(tracker.hold_gradient) for p in trained]
-    tracker.enter("forward")
+    if in_backward:
+        step_in_backward(adamw)
     with tracker:
-        value = loss()
-        tracker.enter("backward")
-        value.backward()
+        for _ in range(parts):
+            tracker.enter("forward")
+            value = loss()
+            tracker.enter("backward")
+            value.backward()
+            del value
         tracker.enter("optimizer")
-        nn.utils.clip_grad_norm_(trained, 1.0)  # to no matter what
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if not in_backward:
+            nn.utils.clip_grad_norm_(trained, 1.0)  # to no matter what
+            adamw.step()
+        adamw.zero_grad(set_to_none=True)
     for hook in hooks:
         hook.remove()
     return tracker.timeline()
+
+
+def _adamw(trained: Sequence[nn.Parameter], one_by_one: bool) -> torch.optim.Optimizer:
+    """Return fused AdamW with its states, which come with a step that needs no real gradient."""
+    groups: Any = [{"params": [p]} for p in trained] if one_by_one else trained
+    adamw = torch.optim.AdamW(groups, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    adamw.step()
+    adamw.zero_grad(set_to_none=True)
+    return adamw
+
+
+class _AdamW8bit:
+    """What torchao's AdamW8bit holds, and takes in a step: fakes cannot run it."""
+
+    def __init__(self, trained: Sequence[nn.Parameter]) -> None:
+        self.param_groups = [{"params": [parameter]} for parameter in trained]
+        self.state = {p: [*self._states(p), *self._states(p)] for p in trained}
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:  # both moments, before they are quantised
+                    torch.empty(2, parameter.numel())
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def _states(self, parameter: Tensor) -> list[Tensor]:
+        """Return a byte an element, and of each block its scale, with the 256 values of a byte."""
+        count = parameter.numel()
+        if count < SMALLEST_8BIT or count % BLOCK_8BIT:
+            return [torch.empty_like(parameter)]
+        codes = torch.empty(count, dtype=torch.uint8)
+        return [codes, torch.empty(count // BLOCK_8BIT), torch.empty(256)]
 
 
 class _Tracker(TorchDispatchMode):

@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ldm4ts_kernels.checkpointing import attention_checkpoint_contexts
 from ldm4ts_kernels.memory_trace import MemoryLaw, Timeline, fit_law, trace_step
 from ldm4ts_kernels.model import LDM4TSConfig, LDM4TSModel
+from ldm4ts_kernels.model.forecaster import DECODED_AT_ONCE
 
 # Fakes cost the same at any size; the further apart, the less the 512-byte rounding weighs.
 TRACED_BATCHES = (2, 32)
@@ -32,8 +35,12 @@ class Step:
     config: LDM4TSConfig
     part: str  # one of PARTS
     materialised: bool  # attention with its scores in memory; else fused
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str  # or a mode of `recompute_activations`
     precision: str  # "fp32", or "bf16" for autocast
+    weights: str = "fp32"  # of what is trained but the autoencoder; or "bf16"
+    optimizer: str = "adamw"
+    optimizer_in_backward: bool = False
+    accumulating: bool = False  # the batch is a part of a larger one
 
 
 @functools.lru_cache(maxsize=64)
@@ -53,17 +60,31 @@ def memory_law(step: Step) -> MemoryLaw:
 def _trace(step: Step, batch_size: int) -> Timeline:
     model = _build(step)
     with FakeTensorMode(allow_non_fake_inputs=True):  # the noise schedule is no buffer
-        _make_fake(model)
+        _make_fake(model, torch.bfloat16 if step.weights == "bf16" else torch.float32)
         model.train()
         module, trained, inputs, loss = PARTS[step.part](model, batch_size)
         bf16 = step.precision == "bf16"
 
         def autocast_loss() -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 return loss()
 
         with _CudaAutocast() if bf16 else nullcontext():
-            return trace_step(module, trained, inputs, autocast_loss)
+            return trace_step(
+                module,
+                trained,
+                inputs,
+                autocast_loss,
+                *_optimizer_of(step),
+                parts=2 if step.accumulating else 1,
+            )
+
+
+def _optimizer_of(step: Step) -> tuple[str, bool]:
+    """Return the optimizer, and whether it steps in the backward pass: stage 1 has plain AdamW."""
+    if step.part == "autoencoder":
+        return "adamw", False
+    return step.optimizer, step.optimizer_in_backward
 
 
 def _build(step: Step) -> LDM4TSModel:
@@ -78,16 +99,30 @@ def _build(step: Step) -> LDM4TSModel:
         if not step.materialised:
             # Every fused kernel keeps what SDPA keeps: query, key, value, output, log-sum-exp.
             module.set_attn_processor(AttnProcessor2_0())
-        if step.gradient_checkpointing:
-            module.enable_gradient_checkpointing(_checkpoint)
+        if step.gradient_checkpointing not in (False, "none"):
+            selective = step.gradient_checkpointing == "selective"
+            module.enable_gradient_checkpointing(partial(_checkpoint, selective=selective))
+    model.recomputing = step.gradient_checkpointing in (True, "full")
+    model._see_in_parts = partial(_see_one_part, model)  # type: ignore[method-assign]
     return model
 
 
-def _make_fake(model: nn.Module) -> None:
+def _see_one_part(
+    model: LDM4TSModel,
+    latents: Tensor,  # (B, Z, h, w)
+) -> Tensor:  # (B, C, width)
+    """Decode one of the parts that are decoded one after the other: a law needs a fixed number."""
+    seen = _checkpoint(model._see, latents[:DECODED_AT_ONCE])
+    return seen.mean(dim=0).expand(len(latents), -1, -1)
+
+
+def _make_fake(model: LDM4TSModel, weights: torch.dtype) -> None:
     """Give a model that was built on "meta" fake CPU tensors; `Module.to` cannot."""
+    exact = set(model.autoencoder.modules())
     for module in model.modules():
+        dtype = torch.float32 if module in exact else weights
         for name, parameter in list(module.named_parameters(recurse=False)):
-            fake = torch.empty_like(parameter, device="cpu")
+            fake = torch.empty_like(parameter, device="cpu", dtype=dtype)
             setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
@@ -160,11 +195,24 @@ class _CudaAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _checkpoint(module: nn.Module, *args: Any) -> Any:
-    """Checkpoint as diffusers does; no function mode reaches into a backward pass by itself."""
-    return checkpoint(
-        module.__call__,
-        *args,
-        use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _CudaAutocast()),
-    )
+def _checkpoint(module: Any, *args: Any, selective: bool = False) -> Any:
+    """Checkpoint as training does; no function mode reaches into a backward pass by itself."""
+
+    def contexts() -> tuple[Any, Any]:
+        forward, again = attention_checkpoint_contexts() if selective else (nullcontext(),) * 2
+        return forward, _Both(again, _CudaAutocast())
+
+    return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+
+class _Both(ExitStack):
+    """Two contexts as one."""
+
+    def __init__(self, *contexts: Any) -> None:
+        super().__init__()
+        self.contexts = contexts
+
+    def __enter__(self) -> "_Both":
+        for context in self.contexts:
+            self.enter_context(context)
+        return self

@@ -47,9 +47,9 @@ def load_8bit() -> Any:
 
 
 def _build_8bit(groups: Any, rate: Any, weight_decay: float) -> torch.optim.Optimizer:
-    base = load_8bit()
+    base: Any = load_8bit()
 
-    class _AdamW8bit(base):  # type: ignore[misc]
+    class _AdamW8bit(base):
         """Compiles its update on a GPU alone, and keeps the count of steps there."""
 
         def step(self, closure: None = None) -> None:

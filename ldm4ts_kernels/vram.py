@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ldm4ts_kernels.optimizers import OPTIMIZERS
+
 GIB = 2**30  # of every "gb" here: a card sold as 8 GB has 8 GiB
 MIB = 2**20
 BACKENDS = ("default", "flash", "sage", "auto")
 PRECISIONS = ("fp32", "bf16")
+CHECKPOINTING = (False, True, "none", "full", "selective")
 PARTS = {"model": ("autoencoder", "forecaster"), "unet": ("unet",)}
 LARGEST_BATCH = 64  # of a recommendation: larger steps are another training, not a saving
 
@@ -30,6 +33,9 @@ class Lever(NamedTuple):
     precision: str
     gradient_checkpointing: bool
     cost: str
+    optimizer: str = "adamw"
+    weights: str = "fp32"
+    optimizer_in_backward: bool = False
 
 
 # Least costly first, by the time of a step of the guide's U-Net on an H200 (224 px, batch 4; 86 ms
@@ -39,6 +45,23 @@ LEVERS = (
     Lever("bf16", False, "bfloat16's rounding; 1.4 × the time of a step while the host bounds it"),
     Lever("fp32", True, "2.0 × the time of a step; the gradients are the same"),
     Lever("bf16", True, "bfloat16's rounding, and 2.5 × the time of a step"),
+)
+
+
+# Beyond those, with the extra `lean`: the states of a weight, which are most of a small batch.
+STATES = "the rounding of AdamW's moments to a byte"
+LEAN_LEVERS = (
+    *LEVERS,
+    Lever("bf16", True, f"{STATES}, and what the line before costs", "adamw8bit"),
+    Lever("bf16", True, f"{STATES}, and stochastically rounded weights", "adamw8bit", "bf16"),
+    Lever(
+        "bf16",
+        True,
+        f"{STATES}, stochastically rounded weights, and the clipping of gradients",
+        "adamw8bit",
+        "bf16",
+        True,
+    ),
 )
 
 
@@ -74,8 +97,12 @@ class _Run(NamedTuple):
     config: Any  # LDM4TSConfig
     part: str
     materialised: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str
     precision: str
+    weights: str = "fp32"
+    optimizer: str = "adamw"
+    optimizer_in_backward: bool = False
+    accumulating: bool = False
 
     def stages(self, batch_size: int) -> dict[str, Any]:
         """Return the Peak of each stage's step."""
@@ -84,7 +111,7 @@ class _Run(NamedTuple):
         names = PARTS[self.part]
         if self.config.autoencoder is not None:  # a pretrained one is not trained first
             names = tuple(name for name in names if name != "autoencoder")
-        rest = (self.materialised, self.gradient_checkpointing, self.precision)
+        rest = self[2:]
         return {name: memory_law(Step(self.config, name, *rest)).peak(batch_size) for name in names}
 
     def table(self, batch_size: int) -> dict[str, int]:
@@ -98,11 +125,15 @@ class _Run(NamedTuple):
 def estimate_vram_usage(
     batch_size: int = 4,
     backend: str = "default",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str = False,
     image_size: tuple[int, int] | None = None,
     preset: str = "guide",
     precision: str = "fp32",
     part: str = "model",
+    optimizer: str = "adamw",
+    weights: str = "fp32",
+    optimizer_in_backward: bool = False,
+    accumulate: int = 1,
     **config_fields: Any,
 ) -> dict[str, Any]:
     """Return what training takes of a GPU's memory, in units of 2^30 bytes and in a byte table.
@@ -111,8 +142,11 @@ def estimate_vram_usage(
         batch_size: windows in a step.
         backend: "default" (materialised scores), "flash", "auto" or "sage". INT8 attention keeps
             at most what exact attention keeps, and is estimated as that.
+        gradient_checkpointing: "none" (False), "full" (True) or "selective".
         image_size: (height, width) in pixels; None is the preset's.
-        precision: "fp32", or "bf16" for autocast; weights and AdamW's states are fp32 in both.
+        precision: "fp32", or "bf16" for autocast.
+        optimizer, weights, optimizer_in_backward, accumulate: as in `runs.TrainConfig`; the
+            autoencoder's stage has AdamW on fp32 weights whatever they are.
         part: "model", the larger of training's two stages; "unet", a step of the U-Net alone.
         config_fields: fields of LDM4TSConfig, over the preset's.
 
@@ -133,9 +167,25 @@ def estimate_vram_usage(
     _check("backend", backend, BACKENDS)
     _check_count("batch_size", batch_size)
     config = _config(preset, image_size, precision, part, config_fields)
-    run = _Run(config, part, backend == "default", gradient_checkpointing, precision)
-    default = run._replace(materialised=True, gradient_checkpointing=False)
-    table, stages = run.table(batch_size), run.stages(batch_size)
+    _check("gradient_checkpointing", gradient_checkpointing, CHECKPOINTING)
+    _check("optimizer", optimizer, OPTIMIZERS)
+    _check("weights", weights, PRECISIONS)
+    _check_count("accumulate", accumulate)
+    if batch_size % accumulate:
+        raise ValueError(f"accumulate must divide batch_size ({batch_size}), got {accumulate}")
+    default = _Run(config, part, True, False, precision)
+    run = _Run(
+        config,
+        part,
+        backend == "default",
+        gradient_checkpointing,
+        precision,
+        weights,
+        optimizer,
+        optimizer_in_backward,
+        accumulate > 1,
+    )
+    table, stages = run.table(batch_size // accumulate), run.stages(batch_size // accumulate)
     total = sum(table.values())
     base = sum(table[name] for name in ("parameters", "gradients", "optimizer"))
     overhead = sum(table[name] for name in ("workspaces", "allocator", "cuda_context"))
@@ -152,6 +202,10 @@ def estimate_vram_usage(
         "image_size": config.image_size,
         "preset": preset,
         "precision": precision,
+        "optimizer": optimizer,
+        "weights": weights,
+        "optimizer_in_backward": optimizer_in_backward,
+        "accumulate": accumulate,
         "part": part,
         "bytes": table,
         "stages": {name: peak.total for name, peak in stages.items()},
@@ -205,15 +259,36 @@ def recommend(
     )
 
 
+def run_with(lever: Lever, config: Any, accumulating: bool = False) -> "_Run":
+    """Return the run of a configuration, LDM4TSConfig, with a lever and fused attention."""
+    return _Run(
+        config,
+        "model",
+        False,
+        lever.gradient_checkpointing,
+        lever.precision,
+        lever.weights,
+        lever.optimizer,
+        lever.optimizer_in_backward,
+        accumulating,
+    )
+
+
+def largest_batch(run: "_Run", vram_gb: float, most: int = LARGEST_BATCH) -> int:
+    """Return how many windows a step of the run may have in vram_gb · 2^30 bytes, 0 .. most."""
+    fitting = 0
+    for batch_size in range(1, most + 1):
+        if sum(run.table(batch_size).values()) > vram_gb * GIB:
+            break
+        fitting = batch_size
+    return fitting
+
+
 def _options(config: Any, levers: list[Lever], vram_gb: float) -> Iterator[Option]:
     """Yield each set of levers with its largest batch; the next one is traced when asked for."""
     for lever in levers:
-        run = _Run(config, "model", False, lever.gradient_checkpointing, lever.precision)
-        fitting = 0
-        for batch_size in range(1, LARGEST_BATCH + 1):
-            if sum(run.table(batch_size).values()) > vram_gb * GIB:
-                break
-            fitting = batch_size
+        run = run_with(lever, config)
+        fitting = largest_batch(run, vram_gb)
         one_window_gb = sum(run.table(1).values()) / GIB
         yield Option(
             "flash",
@@ -253,7 +328,7 @@ def _config(
     return resolve_config(preset, **given)
 
 
-def _check(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _check(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 

@@ -128,16 +128,18 @@ def test_any_image_size_that_is_a_multiple_of_16_trains_and_forecasts(side):
     assert model(windows(1), sampling_steps=1)["mean"].isfinite().all()
 
 
-def test_gradient_checkpointing_does_not_change_the_gradients():
+@pytest.mark.parametrize(("windows_in_all", "tolerance"), [(2, 0), (5, 1e-5)])
+def test_gradient_checkpointing_does_not_change_the_gradients(windows_in_all, tolerance):
+    """Bit for bit; of more than two windows, parts are decoded, whose sums are rounded apart."""
     gradients = []
     for checkpointing in (False, True, "full", "selective"):
         model = ready(enable_gradient_checkpointing=checkpointing)
         assert model.unet.is_gradient_checkpointing == bool(checkpointing)
-        model.train().loss(batch_of(), seeded())["loss"].backward()
+        model.train().loss(batch_of(windows_in_all), seeded())["loss"].backward()
         gradients.append([parameter.grad for parameter in model.trainable_parameters()])
     for checkpointed in gradients[1:]:
         for with_it, without in zip(checkpointed, gradients[0], strict=True):
-            assert torch.equal(with_it, without)
+            torch.testing.assert_close(with_it, without, rtol=tolerance, atol=tolerance)
 
 
 def test_an_unknown_checkpointing_is_an_error_that_names_the_modes():

@@ -13,7 +13,7 @@ from ldm4ts_kernels.commands import app
 from ldm4ts_kernels.model.config import resolve_config
 from ldm4ts_kernels.model_memory import Step, memory_law
 from ldm4ts_kernels.runs import plan
-from ldm4ts_kernels.vram import GIB, LARGEST_BATCH, LEVERS, WORKSPACES, recommend
+from ldm4ts_kernels.vram import GIB, LARGEST_BATCH, LEAN_LEVERS, WORKSPACES, recommend
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "vram_accuracy.csv"
 SMALL = {**TINY, "autoencoder_channels": (8, 16)}
@@ -56,6 +56,30 @@ def test_savings_grow_with_the_batch_and_the_image():
     assert small < estimate(**lean, image_size=(128, 128))["savings_vs_default_pct"]
 
 
+def test_each_lean_lever_takes_less_than_the_one_before():
+    totals = [
+        estimate(
+            backend="flash",
+            precision=lever.precision,
+            gradient_checkpointing=lever.gradient_checkpointing,
+            optimizer=lever.optimizer,
+            weights=lever.weights,
+            optimizer_in_backward=lever.optimizer_in_backward,
+        )["bytes"]
+        for lever in LEAN_LEVERS[3:]
+    ]
+    assert [sum(table.values()) for table in totals] == sorted(
+        (sum(table.values()) for table in totals), reverse=True
+    )
+    assert totals[1]["optimizer"] < 0.6 * totals[0]["optimizer"]
+    assert totals[2]["parameters"] < 0.7 * totals[1]["parameters"]
+
+
+def test_accumulated_parts_take_the_activations_of_one():
+    whole, parts = estimate(batch_size=32), estimate(batch_size=32, accumulate=4)
+    assert parts["activation_memory_gb"] < 0.5 * whole["activation_memory_gb"]
+
+
 def test_the_unet_alone_takes_less_than_the_model():
     alone = estimate(part="unet", batch_size=16)
     assert list(alone["stages"]) == ["unet"]
@@ -70,6 +94,10 @@ def test_the_unet_alone_takes_less_than_the_model():
         ({"part": "vae"}, ValueError, "part must be one of .* got 'vae'"),
         ({"preset": "big"}, ValueError, "preset must be one of .* got 'big'"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
+        ({"optimizer": "sgd"}, ValueError, "optimizer must be one of"),
+        ({"weights": "int8"}, ValueError, "weights must be one of"),
+        ({"gradient_checkpointing": "half"}, ValueError, "gradient_checkpointing must be one of"),
+        ({"accumulate": 3}, ValueError, r"accumulate must divide batch_size \(4\), got 3"),
         ({"batch_size": 2.0}, ValueError, "batch_size must be an integer >= 1, got 2.0"),
         ({"image_size": (60, 64)}, ValueError, "image_size must be a pair"),
         ({"gradient_chekpointing": True}, TypeError, "gradient_chekpointing"),
@@ -81,13 +109,13 @@ def test_nonsense_is_an_error_that_names_the_argument(arguments, error, message)
 
 
 def test_the_estimate_is_what_a_gpu_measured():
-    # What `train` chooses on a GPU; all 80 rows: python -m benchmarks.vram_accuracy
-    step = Step(resolve_config("guide"), "forecaster", False, True, "bf16")
+    # All 80 rows: python -m benchmarks.vram_accuracy
+    step = Step(resolve_config("guide"), "forecaster", False, False, "bf16")
     settings = {
         "part": "forecaster",
         "px": "224",
         "backend": "flash",
-        "gradient_checkpointing": "True",
+        "gradient_checkpointing": "False",
         "precision": "bf16",
     }
     with MEASURED.open() as file:
@@ -130,9 +158,10 @@ def test_a_batch_that_fits_with_no_lever_is_said_to():
 
 
 def test_only_levers_that_training_has_are_recommended():
-    for lever in LEVERS:
+    for lever in LEAN_LEVERS:
         settings = lever._asdict()
         del settings["cost"]
+        settings["gradient_clip"] = 0.0 if lever.optimizer_in_backward else 1.0
         assert plan({**settings, "device": "cpu"}).precision == lever.precision
 
 

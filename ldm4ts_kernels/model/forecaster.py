@@ -29,7 +29,7 @@ from ldm4ts_kernels.model.denoiser import (
     build_unet,
 )
 from ldm4ts_kernels.model.pretrained import load_weights, read_config, write_checkpoint
-from ldm4ts_kernels.model.recompute import recompute_activations
+from ldm4ts_kernels.model.recompute import recompute, recompute_activations
 from ldm4ts_kernels.model.temporal import (
     ForecastHead,
     GatedFusion,
@@ -49,7 +49,9 @@ from ldm4ts_kernels.model.windows import (
 # Training targets are bounded, in standard deviations of their window: a window that was flat and
 # then moves would otherwise outweigh all others together.
 TARGET_LIMIT = 20.0
-DECODED_AT_ONCE = 16  # images of a forecast
+# Images in the decoder together, in a forecast and where activations are recomputed: its layers of
+# full resolution would else take more than the whole U-Net.
+DECODED_AT_ONCE = 2
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 
@@ -114,6 +116,7 @@ class LDM4TSModel(nn.Module):
         for module in (self.unet, self.autoencoder.kl):
             patch_unet_attention(module, attention_backend, enable_gradient_checkpointing=False)
             recompute_activations(module, gradient_checkpointing)
+        self.recomputing = gradient_checkpointing in (True, "full")
 
     # Training
 
@@ -252,7 +255,7 @@ class LDM4TSModel(nn.Module):
             noise = randn_tensor((len(tokens), *self.latent_shape), generator, self.device)
             latents = self.noise_process.sample(self._denoising_step(), noise, tokens, steps)
             temporal = self._encode_targets(series).repeat(num_samples, 1, 1)  # (S * B, C, width)
-            location, scale = self._read_forecast(latents, temporal, DECODED_AT_ONCE)
+            location, scale = self._read_forecast(latents, temporal)
         draws = location
         if num_samples > 1:
             draws = location + scale * randn_tensor(location.shape, generator, self.device)
@@ -324,11 +327,16 @@ class LDM4TSModel(nn.Module):
         self,
         latents: Tensor,  # (B, Z, h, w), clean
         temporal: Tensor,  # (B, C, width)
-        at_once: int | None = None,  # images decoded together: each takes more than its denoising
     ) -> tuple[Tensor, Tensor]:  # location and scale, each (B, T, C)
-        parts = latents.split(at_once or len(latents))
-        visual = torch.cat([self.visual(self.autoencoder.decode(part)) for part in parts])
+        keeping = torch.is_grad_enabled() and not self.recomputing
+        visual = self._see(latents) if keeping else self._see_in_parts(latents)
         return self.head(self.fusion(temporal, visual))
+
+    def _see(self, latents: Tensor) -> Tensor:  # (B, Z, h, w) -> (B, C, width)
+        return self.visual(self.autoencoder.decode(latents))
+
+    def _see_in_parts(self, latents: Tensor) -> Tensor:  # (B, Z, h, w) -> (B, C, width)
+        return torch.cat([recompute(self._see, p) for p in latents.split(DECODED_AT_ONCE)])
 
     def _denoising_step(self) -> DenoisingStep:
         return self.graphed_denoiser or partial(self.noise_process.denoise, self.unet)

@@ -10,9 +10,10 @@ from ldm4ts_kernels.checkpointing import save_attention_outputs
 
 # Nothing in these blocks draws random numbers; and a CUDA graph cannot read a generator's state.
 _RANDOMLESS: dict[str, Any] = {"preserve_rng_state": False}
+recompute: Any = partial(checkpoint, use_reentrant=False, **_RANDOMLESS)  # (function, *arguments)
 MODES = {
     "none": None,
-    "full": partial(checkpoint, use_reentrant=False, **_RANDOMLESS),
+    "full": recompute,
     "selective": partial(save_attention_outputs, **_RANDOMLESS),
 }
 
