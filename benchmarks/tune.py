@@ -79,6 +79,8 @@ def run_stage(
             problem, query, key, value, None, None, out, lse, dout, None, *grads, None
         )
 
+    for plan in (flash_forward._plan, flash_backward._plan):
+        plan.cache_clear()
     chooser = "ldm4ts_kernels.kernels.problem"
     with mock.patch.multiple(chooser, choose=choose, choose_tma=choose_tma):
         try:

@@ -5,7 +5,6 @@ fake kernels, and save nothing: whoever differentiates them keeps query, key, va
 """
 
 import functools
-import os
 from typing import Any
 
 import torch
@@ -14,9 +13,7 @@ from torch import Tensor
 from ldm4ts_kernels.kernels.flash_backward import flash_backward
 from ldm4ts_kernels.kernels.flash_forward import flash_forward
 from ldm4ts_kernels.kernels.flops import register_attention_flops
-from ldm4ts_kernels.kernels.problem import Problem
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU
+from ldm4ts_kernels.kernels.problem import INTERPRET, Problem
 
 _OPTIONS = (
     "Tensor? attn_mask, Tensor? seed, float scale, float dropout_p, float? softcap, "

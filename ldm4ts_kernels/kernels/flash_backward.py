@@ -11,6 +11,7 @@ dQ over keys by another.
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -38,12 +39,13 @@ from ldm4ts_kernels.kernels.primitives import (
 from ldm4ts_kernels.kernels.problem import (
     Problem,
     common_step,
+    start_at_16_bytes,
     strides_of,
     takes_tensor_maps,
 )
-from ldm4ts_kernels.kernels.tuning import Config
 
-ROW_PADDING = tl.constexpr(128)  # rows of delta and exponent; every block of queries divides it
+PADDING = 128  # every block of queries divides it: rows of delta and exponent are padded to it
+ROW_PADDING = tl.constexpr(PADDING)
 
 
 @triton.jit
@@ -296,80 +298,80 @@ def flash_backward(
     dmask: Tensor | None,  # (B, H, Q, K) float32, zeroed, contiguous
 ) -> None:
     """Launch the backward kernels into `dq`, `dk`, `dv` and, where given, `dmask`."""
-    read = (query, key, value, out, dout)
-    tma = takes_tensor_maps(problem, read)
-    one_block = problem.one_block
+    strides = strides_of((query, key, value, out, dout, dq, dk, dv), attn_mask)
+    aligned = start_at_16_bytes(query, key, value, dout)
+    plan = _plan(problem, strides, aligned, dlse is not None, dmask is not None)
     delta = exponent = None
-    if not one_block:
+    if plan.queries:  # else one launch makes all
         delta, exponent = row_terms(problem, out, dout, lse, dlse)
-    config = problem.config("one_block" if one_block else "key_gradient", tma=tma)
-    splits, rows_a_split = split_queries(problem, config.block_q, config.block_k)
-    with summed_parts(dk, dv, splits) as (dk_parts, dv_parts):
-        strides = strides_of((*read, dq), attn_mask)
-        parts = (*dk_parts.stride()[:4], *dv_parts.stride()[:4])
-        flags = (one_block, dlse is not None, dmask is not None)
-        _key_plan(problem, strides, parts, config, (splits, rows_a_split), flags)(
+    with summed_parts(dk, dv, plan.splits) as (dk_parts, dv_parts):
+        plan.keys(
             _flash_dkdv_kernel, query, key, value, out, dout, lse, dlse, delta, exponent,
             attn_mask, seed, dq, dk_parts, dv_parts, dmask,
         )  # fmt: skip
-    if one_block:
-        return
-    config = problem.config("query_gradient", tma=tma)
-    strides = strides_of((query, key, value, dout, dq), attn_mask)
-    _query_plan(problem, strides, config, dmask is not None)(
-        _flash_dq_kernel, query, key, value, dout, delta, exponent, attn_mask, seed, dq, dmask
-    )
+    if plan.queries:
+        plan.queries(
+            _flash_dq_kernel, query, key, value, dout, delta, exponent, attn_mask, seed, dq, dmask
+        )
+
+
+class _Plan(NamedTuple):
+    """The launches of a backward: of the keys' gradients, and of the queries' where it is another.
+
+    The queries are split among `splits` programs a block of keys.
+    """
+
+    keys: Launch
+    queries: Launch | None
+    splits: int
 
 
 @functools.lru_cache(maxsize=1024)
-def _key_plan(
+def _plan(
     problem: Problem,
-    strides: tuple[int, ...],  # of query, key, value, out, dout, dq and the mask
-    parts: tuple[int, ...],  # the strides of dK's and dV's parts
-    config: Config,
-    split: tuple[int, int],
-    flags: tuple[bool, bool, bool],
-) -> Launch:
-    splits, rows_a_split = split
-    one_block, has_dlse, has_dmask = flags
-    blocks = triton.cdiv(problem.key_length, config.block_k)
-    numbers = (*strides[:18], *parts, *strides[18:], *problem.numbers(), rows_a_split)
-    constants = {
-        **problem.flags(),
-        **config.constants(),
-        "STEP": common_step(strides[:15]),
-        "ONE_BLOCK": one_block,
-        "HAS_DLSE": has_dlse,
-        "HAS_DMASK": has_dmask,
-    }
-    grid = (blocks * problem.batch * problem.kv_heads, splits)
-    return Launch(grid, numbers, constants, config.tma)
-
-
-@functools.lru_cache(maxsize=1024)
-def _query_plan(
-    problem: Problem,
-    strides: tuple[int, ...],  # of query, key, value, dout, dq and the mask
-    config: Config,
+    strides: tuple[int, ...],  # of query, key, value, out, dout, dq, dk, dv and the mask
+    aligned: bool,
+    has_dlse: bool,
     has_dmask: bool,
-) -> Launch:
+) -> _Plan:
+    tma = takes_tensor_maps(problem, strides[:15], aligned)
+    one_block = problem.one_block
+    config = problem.config("one_block" if one_block else "key_gradient", tma=tma)
+    splits, rows_a_split = split_queries(problem, config.block_q, config.block_k)
+    of_keys, of_mask = strides[18:24], strides[24:]
+    shared = {**problem.flags(), "HAS_DMASK": has_dmask, "STEP": common_step(strides[:15])}
+    parts = [(0, *of_keys[:3]), (0, *of_keys[3:])]
+    if splits > 1:
+        shape = (splits, problem.batch, problem.kv_heads, problem.key_length, problem.head_dim)
+        parts = [torch.empty(shape, device="meta").stride()[:4]] * 2
+    keys = Launch(
+        (
+            triton.cdiv(problem.key_length, config.block_k) * problem.batch * problem.kv_heads,
+            splits,
+        ),
+        (*strides[:18], *parts[0], *parts[1], *of_mask, *problem.numbers(), rows_a_split),
+        {**shared, **config.constants(), "ONE_BLOCK": one_block, "HAS_DLSE": has_dlse},
+        config.tma,
+    )
+    if one_block:
+        return _Plan(keys, None, splits)
+    config = problem.config("query_gradient", tma=tma)
     blocks = triton.cdiv(problem.query_length, config.block_q)
-    constants = {
-        **problem.flags(),
-        **config.constants(),
-        "STEP": common_step(strides[:12]),
-        "HAS_DMASK": has_dmask,
-    }
-    numbers = (*strides, *problem.numbers())
-    return Launch((blocks * problem.batch * problem.heads,), numbers, constants, config.tma)
+    queries = Launch(
+        (blocks * problem.batch * problem.heads,),
+        (*strides[:9], *strides[12:18], *of_mask, *problem.numbers()),
+        {**shared, **config.constants()},
+        config.tma,
+    )
+    return _Plan(keys, queries, splits)
 
 
 def row_terms(
     problem: Problem, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # (B, H, padded Q) float32, each
     """Launch the kernel of delta, rowsum(dO ∘ O) - dLSE, and of the LSE in units of log 2."""
-    blocks = triton.cdiv(problem.query_length, ROW_PADDING.value)
-    delta, exponent = lse.new_empty(2, problem.batch, problem.heads, blocks * ROW_PADDING.value)
+    rows = -(-problem.query_length // PADDING) * PADDING
+    delta, exponent = lse.new_empty(2, problem.batch, problem.heads, rows)
     _row_plan(problem, strides_of((out, dout), None)[:6], dlse is not None)(
         _delta_kernel, out, dout, lse, dlse, delta, exponent
     )
@@ -381,7 +383,7 @@ def _row_plan(problem: Problem, strides: tuple[int, ...], has_dlse: bool) -> Lau
     flags = problem.flags()
     constants = {name: flags[name] for name in ("D", "PART_0", "PART_1")}
     constants |= {"STEP": common_step(strides), "HAS_DLSE": has_dlse, "BLOCK_Q": 64, "num_warps": 4}
-    blocks = triton.cdiv(problem.query_length, ROW_PADDING.value) * (ROW_PADDING.value // 64)
+    blocks = triton.cdiv(problem.query_length, PADDING) * (PADDING // 64)
     grid = (blocks * problem.batch * problem.heads,)
     return Launch(grid, (*strides, problem.heads, problem.query_length), constants)
 

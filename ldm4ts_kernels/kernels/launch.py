@@ -60,12 +60,12 @@ class Launch:
         key = kernel, index, *[t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors]
         known = self.compiled.get(key)
         if known is not None:
-            compiled, rest = known
-            compiled[self.grid](*tensors, *rest)
+            run, rest = known
+            run(*tensors, *rest)
             return None
         compiled = kernel[self.grid](*tensors, *self.numbers, **self.constants)
         if compiled is not None:  # the interpreter compiles nothing
             names = kernel.arg_names[len(tensors) + len(self.numbers) :]
             rest = (*self.numbers, *(self.constants[name] for name in names))
-            self.compiled[key] = compiled, rest
+            self.compiled[key] = compiled[self.grid], rest
         return None

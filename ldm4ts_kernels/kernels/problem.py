@@ -1,6 +1,7 @@
 """One attention problem as the launchers see it: shapes, options, and the flags that follow."""
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from ldm4ts_kernels.kernels.tuning import (
     fits_one_block,
     split_head_dim,
 )
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU
 
 
 def common_step(strides: tuple[int, ...]) -> int:
@@ -122,16 +125,21 @@ class Problem(NamedTuple):
         }
 
 
-def takes_tensor_maps(problem: Problem, operands: tuple[Tensor, ...]) -> bool:
-    """Whether Hopper's copy engine can load these operands, and gains: long rows, 16-byte steps."""
+def start_at_16_bytes(*operands: Tensor) -> bool:
+    """Whether every operand's first element lies where 16 bytes can be loaded at once."""
+    pointers = 0
+    for tensor in operands:
+        pointers |= tensor.data_ptr()
+    return pointers % 16 == 0
+
+
+def takes_tensor_maps(problem: Problem, strides: tuple[int, ...], aligned: bool) -> bool:
+    """Whether Hopper's copy engine can load such operands, and gains: long rows, 16-byte steps."""
     return (
-        problem.capability[0] == 9
+        aligned
+        and problem.capability[0] == 9
         and problem.dtype.itemsize == 2
         and min(problem.query_length, problem.key_length) >= TMA_LENGTH
-        and all(
-            tensor.device.type != "cpu"
-            and tensor.data_ptr() % 16 == 0
-            and all(stride % 8 == 0 for stride in tensor.stride()[:3])
-            for tensor in operands
-        )
+        and common_step(strides) == 8
+        and not INTERPRET
     )

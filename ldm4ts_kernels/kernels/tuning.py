@@ -79,9 +79,8 @@ FORWARD = {
 KEY_GRADIENT = {
     SMALL: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
     MEDIUM: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
-    LARGE: {64: (128, 64, 4, 2), 96: (64, 64, 4, 3), 128: (64, 128, 8, 3), 160: (32, 128, 8, 3),
-            256: (32, 64, 8, 2)},
-}  # fmt: skip
+    LARGE: {96: (64, 64, 4, 3), 128: (64, 128, 8, 3), 160: (32, 128, 8, 3), 256: (32, 64, 8, 2)},
+}
 QUERY_GRADIENT = {
     SMALL: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 160: (32, 32, 4, 1), 256: (32, 16, 4, 1)},
     MEDIUM: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 160: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
@@ -118,17 +117,23 @@ TABLES = {
     "int8_key_gradient": INT8_KEY_GRADIENT,
     "int8_query_gradient": INT8_QUERY_GRADIENT,
 }
-# Rows for Hopper's tensor maps, 16-bit elements, where `problem.takes_tensor_maps`; (largest head
-# dim) → row. Head dims below 64 are slower so: their rows are no whole 128-byte lines. A row that
-# ends in True specialises its warps. NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-23, bf16.
+# Rows for Hopper's tensor maps, 16-bit elements, where `problem.takes_tensor_maps`: (largest head
+# dim) → row, None where pointers are faster. A row that ends in True specialises its warps; the
+# second table has what stands in for it. NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-23, bf16, by
+#     python -m benchmarks.tune --head-dim 40 64 80 128 160 --length 4096
 TMA = {
-    "forward": {64: (64, 128, 4, 2), 128: (128, 128, 4, 2, True)},
-    "key_gradient": {64: (128, 64, 4, 2), 128: (64, 64, 4, 2)},
-    "query_gradient": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
-}
-TMA_UNSPECIALISED = {128: (64, 64, 4, 3)}  # forward, for masks and for lengths with a remainder
-TMA_HEAD_DIM = 64  # at least
+    "forward": {48: (128, 64, 4, 3), 64: (64, 128, 4, 2), 96: (128, 64, 4, 3),
+                160: (128, 128, 4, 2, True)},
+    "key_gradient": {48: None, 64: (128, 64, 4, 2), 96: None, 128: (64, 64, 4, 2),
+                     160: (32, 64, 4, 3)},
+    "query_gradient": {64: (128, 64, 8, 3), 96: (64, 64, 4, 3), 160: (128, 64, 8, 3)},
+}  # fmt: skip
+UNSPECIALISED = {128: (64, 64, 4, 3), 160: (128, 32, 4, 3)}
+TMA_HEAD_DIM = 40  # at least
 TMA_LENGTH = 512  # queries and keys, at least
+# Specialising warps is young in Triton: 3.6 is what it was tested with, and where it had a fault
+# (see flash_forward) that a later one may have elsewhere.
+SPECIALISES = triton.__version__.startswith("3.6.")
 # Rows of query or key that share one INT8 scale. Every tile that a kernel walks over divides it, so
 # that it has one scale.
 QUANT_ROWS = 64
@@ -163,15 +168,17 @@ def choose(
 def choose_tma(stage: str, head_dim: int, key_length: int, plain: bool) -> Config | None:
     """Return a pass's tile with tensor maps; None where pointers are as fast.
 
-    plain: no masks, no dropout, so that whole blocks of keys need no check and may be specialised.
+    plain: no mask, window, cap or dropout, so that whole blocks of keys need no check.
     """
-    top = next((top for top in TMA.get(stage, ()) if head_dim <= top), None)
-    if head_dim < TMA_HEAD_DIM or top is None:
+    table = TMA.get(stage, {})
+    row = next((table[top] for top in table if head_dim <= top), None)
+    if row is None or head_dim < TMA_HEAD_DIM:
         return None
-    row = TMA[stage][top]
-    if len(row) > 4 and not (plain and key_length % row[1] == 0):
-        row = TMA_UNSPECIALISED[top]
-    return Config(*row[:4], tma=True, specialise=len(row) > 4)
+    specialise = len(row) > 4
+    if specialise and not (SPECIALISES and plain and key_length % row[1] == 0):
+        row = next(UNSPECIALISED[top] for top in UNSPECIALISED if head_dim <= top)
+        specialise = False
+    return Config(*row[:4], tma=True, specialise=specialise)
 
 
 def fits_one_block(
