@@ -46,6 +46,15 @@ def load_8bit() -> Any:
     return AdamW8bit
 
 
+def missing_8bit() -> str | None:
+    """Return why there is no 8-bit AdamW here, None where there is."""
+    try:
+        load_8bit()
+    except ImportError as error:
+        return f"{error}"
+    return None
+
+
 def _build_8bit(groups: Any, rate: Any, weight_decay: float) -> torch.optim.Optimizer:
     base: Any = load_8bit()
 

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
+
+from ldm4ts_kernels.vram import CUDA_CONTEXT, GIB
 
 
 @dataclass
@@ -39,6 +42,24 @@ def accelerator_of_one_run(device: str, precision: str) -> Iterator[Accelerator]
     finally:
         if ours:
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def memory_cap(device: str, vram_gb: float | None) -> Iterator[None]:
+    """Let the process take vram_gb · 2^30 bytes of the GPU, the driver's part of them included.
+
+    A larger card is then as one of that size. None, or another device than "cuda": no cap.
+    """
+    if device != "cuda" or vram_gb is None:
+        yield
+        return
+    _, total = torch.cuda.mem_get_info()
+    for_tensors = vram_gb * GIB - CUDA_CONTEXT
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, for_tensors / total)))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ model/       the trained model                test_metrics.json
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,7 +22,10 @@ from ldm4ts_kernels.checkpoints import (
     write_text_whole,
 )
 from ldm4ts_kernels.data import DataConfig, OptionError, Scaler
-from ldm4ts_kernels.optimizers import OPTIMIZERS
+from ldm4ts_kernels.optimizers import OPTIMIZERS, missing_8bit
+from ldm4ts_kernels.vram import LEAN_LEVERS, LEVERS
+
+logger = logging.getLogger("ldm4ts_kernels")
 
 # What shapes the weights and the order of the data; all else may differ when a run is resumed.
 FIXED_FOR_A_RUN = (
@@ -99,6 +103,7 @@ class TrainConfig:
     optimizer_in_backward: bool = False  # frees each gradient at once; without clipping
     accumulate: int = 1  # parts that a batch is split into; its result is the same
     offload_activations: bool = False  # to the host's memory, until the backward pass
+    vram_gb: float | None = None  # of 2^30 bytes: what the process may take of the GPU
     cuda_graphs: bool = True  # on a GPU: a step, and a step of sampling, as one launch
     seed: int = 0
     steps: int = 300
@@ -130,6 +135,8 @@ class TrainConfig:
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.vram_gb is not None and not self.vram_gb > 0:
+            raise OptionError(f"vram_gb: expected more than 0, got {self.vram_gb}")
         for name, wrong, expected in self._contradictions():
             if wrong:
                 raise OptionError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
@@ -169,7 +176,8 @@ def plan(given: dict[str, Any]) -> TrainConfig:
     `given` maps fields of TrainConfig to values, "data" to a dict of DataConfig's fields;
     "gradient_checkpointing" is checkpointing as a bool. device and precision may be "auto". With a
     GPU the preset is `guide`, in bf16 where the GPU has it and with gradient checkpointing;
-    without, `paper`. With "resume", options not given are those of the
+    without, `paper`. With "vram_gb", levers that are not given are chosen to fit it, and the log
+    says which and why. With "resume", options not given are those of the
     run in "output". Raises OptionError for an unknown option, a bad value or a missing GPU.
     """
     stored: dict[str, Any] = {}
@@ -199,7 +207,36 @@ def plan(given: dict[str, Any]) -> TrainConfig:
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if chosen.get("precision", "auto") == "auto":
         chosen["precision"] = "bf16" if bf16 else "fp32"
-    return _config_from_json({**chosen, "device": device, "data": data})
+    config = _config_from_json({**chosen, "device": device, "data": data})
+    return _fit(config, given) if given.get("vram_gb") is not None else config
+
+
+def _fit(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """Return the configuration with levers that fit its vram_gb, but for those that are given."""
+    from ldm4ts_kernels.budget import choose_levers
+
+    if config.device != "cuda":
+        raise OptionError(f"vram_gb: expected device cuda, got {config.device}")
+    levers = [
+        lever
+        for lever in (LEVERS if missing_8bit() else LEAN_LEVERS)
+        if given.get("precision") in (None, "auto", lever.precision)
+        and given.get("optimizer", lever.optimizer) == lever.optimizer
+        and given.get("weights", lever.weights) == lever.weights
+        and (lever.precision == "fp32" or config.precision == "bf16")
+        and not (lever.optimizer_in_backward and given.get("gradient_clip"))
+    ]
+    if not levers:
+        raise OptionError("vram_gb: no set of levers has the given precision, optimizer, weights")
+    try:
+        choice = choose_levers(
+            config.vram_gb or 0, config.batch_size, levers, config.preset, config.model_fields
+        )
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{error}") from error
+    kept = {name for name in choice.options if name in given and name != "precision"}
+    logger.info("%s", choice.why + (f" Kept as given: {', '.join(sorted(kept))}." if kept else ""))
+    return replace(config, **{n: v for n, v in choice.options.items() if n not in kept})
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,16 @@ from ldm4ts_kernels.ladder import LadderedStep
 from ldm4ts_kernels.model import LDM4TSModel
 from ldm4ts_kernels.optimizers import (
     build_optimizer,
-    load_8bit,
+    missing_8bit,
     set_learning_rate,
     step_in_backward,
 )
-from ldm4ts_kernels.process import StopRequest, accelerator_of_one_run, stop_requests
+from ldm4ts_kernels.process import (
+    StopRequest,
+    accelerator_of_one_run,
+    memory_cap,
+    stop_requests,
+)
 from ldm4ts_kernels.runs import Run, TrainConfig, open_run
 from ldm4ts_kernels.training_log import StepLog, StepReport, TrainingError
 from ldm4ts_kernels.training_step import StageLoss, TrainingStep
@@ -118,14 +123,12 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
     written. A second Ctrl-C does not wait for the step's end.
     """
     started = time.perf_counter()
-    if config.optimizer == "adamw8bit":
-        try:
-            load_8bit()
-        except ImportError as error:
-            raise OptionError(f"optimizer: {error}") from error
+    if config.optimizer == "adamw8bit" and (reason := missing_8bit()):
+        raise OptionError(f"optimizer: {reason}")
     splits = load_splits(config.data)
     with (
         stop_requests() as stop,
+        memory_cap(config.device, config.vram_gb),
         accelerator_of_one_run(config.device, config.precision) as accelerator,
     ):
         set_seed(config.seed)

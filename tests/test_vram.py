@@ -65,6 +65,7 @@ def test_each_lean_lever_takes_less_than_the_one_before():
             optimizer=lever.optimizer,
             weights=lever.weights,
             optimizer_in_backward=lever.optimizer_in_backward,
+            part="unet",
         )["bytes"]
         for lever in LEAN_LEVERS[3:]
     ]
