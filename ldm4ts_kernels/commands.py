@@ -137,6 +137,27 @@ AutoencoderSteps = Annotated[
         "--autoencoder-steps", "Of the autoencoder, before", "Optimisation", "autoencoder_steps"
     ),
 ]
+Vram = Annotated[
+    str | None,
+    _option("--vram", "`6GB`: take no more, and choose what fits it.", "Memory"),
+]
+Optimizer = Annotated[
+    str | None, _option("--optimizer", "adamw, adamw8bit (default: adamw).", "Memory")
+]
+Weights = Annotated[
+    str | None, _option("--weights", "fp32, bf16 with adamw8bit (default: fp32).", "Memory")
+]
+InBackward = Annotated[
+    bool | None,
+    _option("--optimizer-in-backward/--optimizer-after", "With --gradient-clip 0.", "Memory"),
+]
+Accumulate = Annotated[
+    int | None, _option("--accumulate", "Parts of a step's batch", "Memory", "accumulate")
+]
+Offload = Annotated[
+    bool | None,
+    _option("--offload-activations/--keep-activations", "To the host's memory.", "Memory"),
+]
 BatchSize = Annotated[
     int | None, _option("--batch-size", "Windows in a step", "Optimisation", "batch_size")
 ]
@@ -230,6 +251,12 @@ def train_command(
     log_every: LogEvery = None,
     steps: Steps = None,
     autoencoder_steps: AutoencoderSteps = None,
+    vram_gb: Vram = None,
+    optimizer: Optimizer = None,
+    weights: Weights = None,
+    optimizer_in_backward: InBackward = None,
+    accumulate: Accumulate = None,
+    offload_activations: Offload = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
     autoencoder_learning_rate: AutoencoderLearningRate = None,
@@ -270,6 +297,8 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     of_data = [entry.name for entry in dataclasses.fields(DataConfig)]
     data = {name: flags.pop(name) for name in of_data}
     data = {name: _parse_data(name, value) for name, value in data.items() if value is not None}
+    if flags["vram_gb"] is not None:
+        flags["vram_gb"] = _parse_gb(flags["vram_gb"])
     switch = flags.pop("gradient_checkpointing")
     if switch is not None and flags["checkpointing"] is None:
         flags["checkpointing"] = "full" if switch else "none"
@@ -279,6 +308,14 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
         if over:
             given[name] = {**given.get(name, {}), **over}
     return given
+
+
+def _parse_gb(text: str) -> float:
+    """Read `6`, `6GB` or `6 GiB`, each of 2^30 bytes."""
+    try:
+        return float(text.strip().upper().removesuffix("B").removesuffix("I").removesuffix("G"))
+    except ValueError as error:
+        raise OptionError(f"vram: expected gigabytes such as `6GB`, got {text!r}") from error
 
 
 def _parse_data(name: str, value: Any) -> Any:
