@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import diffusers
 import torch
@@ -19,6 +19,7 @@ from ldm4ts_kernels.dispatcher import _member
 from ldm4ts_kernels.kernels import flash
 from ldm4ts_kernels.native import load_error
 from ldm4ts_kernels.plugged_layer import Policy
+from tests.families import FAMILIES, Family, build, run
 
 WORLD = 2
 DEGREES = (
@@ -63,55 +64,23 @@ def share_attention(rank: int, device: torch.device) -> None:
                 assert_agrees(ours.grad, theirs.grad.chunk(WORLD, 1)[rank])
 
 
-def call_flux(model: Any) -> Tensor:
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(model.device)
-
-    return model(
-        hidden_states=random(2, 16, 4),
-        encoder_hidden_states=random(2, 6, 16),
-        pooled_projections=random(2, 16),
-        timestep=torch.tensor([0.1, 0.2], device=model.device),
-        img_ids=random(16, 3),
-        txt_ids=random(6, 3),
-        return_dict=False,  # diffusers' hooks take tensors alone
-    )[0]
-
-
-def flux(device: torch.device) -> Any:
-    torch.manual_seed(0)
-    return diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    ).to(device)
-
-
-def share_a_model(rank: int, device: torch.device) -> None:
+def share_a_model(family: Family, rank: int, device: torch.device) -> None:
     """Run and train a whole model under `enable_parallelism`."""
+    torch.set_default_device(device)
     if device.type == "cpu":  # diffusers asks for an accelerator: pretend that the CPU is one
         torch._C._get_accelerator = lambda: device
         torch.accelerator.device_count = lambda: WORLD
-    single = flux(device)
-    expected = call_flux(single)
-    expected.square().sum().backward()
+    expected = run(family, build(family))
     for degrees in DEGREES:
-        model = flux(device)
+        model = build(family)
         attention = accelerate_attention(model, backend="triton")
         model.enable_parallelism(config=diffusers.ContextParallelConfig(**degrees))
-        out = call_flux(model)
-        out.square().sum().backward()
+        out, *grads = run(family, model)
         attention.verify()
-        assert_agrees(out, expected)
-        for ours, theirs in zip(model.parameters(), single.parameters(), strict=True):
-            dist.all_reduce(ours.grad)  # each process has the gradients of its own tokens
-            assert_agrees(ours.grad, theirs.grad)
+        for grad in grads:
+            dist.all_reduce(grad)  # each process has the gradients of its own tokens
+        for ours, theirs in zip((out, *grads), expected, strict=True):
+            assert_agrees(ours, theirs)
 
 
 def share_by_torch(rank: int, device: torch.device) -> None:
@@ -175,8 +144,8 @@ def ring_of_cpu_operators(rank: int, whole: list[Tensor], device: torch.device) 
 
 TASKS: dict[str, Callable[[int, torch.device], None]] = {
     "attention": share_attention,
-    "model": share_a_model,
     "torch": share_by_torch,
+    **{family.name: partial(share_a_model, family) for family in FAMILIES},
 }
 
 

@@ -95,12 +95,13 @@ def flux() -> nn.Module:
 def call_flux(model: nn.Module) -> Tensor:
     return model(
         hidden_states=random(2, 16, 4),
-        encoder_hidden_states=random(2, 5, 16),
+        encoder_hidden_states=random(2, 6, 16),
         pooled_projections=random(2, 16),
         timestep=torch.tensor([0.1, 0.2]),
         img_ids=random(16, 3),
-        txt_ids=random(5, 3),
-    ).sample
+        txt_ids=random(6, 3),
+        return_dict=False,
+    )[0]
 
 
 def wan() -> nn.Module:
@@ -119,7 +120,8 @@ def wan() -> nn.Module:
 
 
 def call_wan(model: nn.Module) -> Tensor:
-    return model(random(1, 4, 2, 4, 4), torch.tensor([3]), random(1, 5, 16)).sample
+    text = random(1, 6, 16)
+    return model(random(1, 4, 2, 4, 4), torch.tensor([3]), text, return_dict=False)[0]
 
 
 def qwen() -> nn.Module:
@@ -221,7 +223,8 @@ def kernels_run_here() -> bool:
 
 
 def random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def build(family: Family) -> nn.Module:

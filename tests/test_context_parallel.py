@@ -15,13 +15,14 @@ from ldm4ts_kernels.context_parallel import shared_attention
 from ldm4ts_kernels.plugged_layer import Policy
 
 ROOT = Path(__file__).parents[1]
+FAMILIES = ("FluxTransformer2DModel", "WanTransformer3DModel")  # that run as a whole
 TWO_GPUS = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
 
 
-@pytest.mark.parametrize("task", ["attention", "model", "torch"])
+@pytest.mark.parametrize("task", ["attention", "torch", *FAMILIES])
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 def test_two_devices_compute_what_one_computes_by_ring_and_by_ulysses(kind, task, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

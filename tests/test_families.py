@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="needs transformers")
 
 from ldm4ts_kernels import accelerate_attention, save_attention_outputs
 from ldm4ts_kernels.checkpointing import attention_checkpoint_contexts
+from tests import test_context_parallel
 from tests.families import FAMILIES, assert_same, build, kernels_run_here, run
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "integrations.md"
@@ -121,8 +122,9 @@ def test_the_document_shows_what_is_tested_here():
     lines = re.findall(r"^\| (.+) \|$", DOCUMENT.read_text(), flags=re.MULTILINE)
     rows = [[cell.strip(" `") for cell in line.split("|")] for line in lines]
     header = next(row for row in rows if row[0] == "model")
-    assert header[1:] == list(CAPABILITIES)
+    assert header[1:] == [*CAPABILITIES, "context parallel"]
     cells = {row[0]: row[1:] for row in rows if len(row) == len(header)}
     for family in FAMILIES:
         expected = ["no" if name in family.without else "yes" for name in CAPABILITIES]
-        assert cells[family.name] == expected, family.name
+        shared = "yes" if family.name in test_context_parallel.FAMILIES else "no"
+        assert cells[family.name] == [*expected, shared], family.name
