@@ -13,6 +13,7 @@ AXIS = {
     "axisLabel": {"color": GREY},
     "nameTextStyle": {"color": GREY},
     "splitLine": {"lineStyle": {"color": GREY, "opacity": 0.25}},
+    "axisLine": {"onZero": False, "lineStyle": {"color": GREY}},
 }
 Curve = list[tuple[int, float]]
 
@@ -103,6 +104,7 @@ def _band(name: str, ahead: list[int], low: np.ndarray, high: np.ndarray) -> lis
         "data": _pairs(ahead, high - low),
         "areaStyle": {"color": BLUE, "opacity": 0.22},
         "itemStyle": {"color": BLUE, "opacity": 0.4},
+        "tooltip": {"show": False},  # its number is a width
     }
     return [floor, rest]
 

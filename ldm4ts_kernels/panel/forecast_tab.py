@@ -9,7 +9,7 @@ from ldm4ts_kernels.panel.charts import fan_chart
 from ldm4ts_kernels.panel.run_state import find_runs
 from ldm4ts_kernels.panel.shown_forecast import ShownForecast
 from ldm4ts_kernels.panel.state import PanelState
-from ldm4ts_kernels.panel.widgets import FIELD, QUIET, card
+from ldm4ts_kernels.panel.widgets import FIELD, card, quiet_button
 from ldm4ts_kernels.panel.worker import WorkerError
 
 DEFAULT_SAMPLES = 100
@@ -123,10 +123,9 @@ def _show_table(made: ShownForecast) -> None:
     ]
     table = ui.table(rows=rows, columns=columns, pagination=12).mark("quantiles")
     table.classes("w-full").props("dense flat bordered")
-    download = ui.button(
-        "Download CSV", on_click=lambda: ui.download.content(made.csv, "forecast.csv", "text/csv")
-    )
-    download.props(QUIET).mark("download")
+    quiet_button(
+        "Download CSV", lambda: ui.download.content(made.csv, "forecast.csv", "text/csv")
+    ).mark("download")
 
 
 def _show_views(made: ShownForecast) -> None:

@@ -9,7 +9,7 @@ from ldm4ts_kernels.doctor import BackendFinding
 from ldm4ts_kernels.panel.memory_bar import MemoryBar
 from ldm4ts_kernels.panel.settings import ATTENTION, CARDS_GB
 from ldm4ts_kernels.panel.state import PanelState
-from ldm4ts_kernels.panel.widgets import QUIET, card, choice, number
+from ldm4ts_kernels.panel.widgets import card, choice, number, quiet_button
 from ldm4ts_kernels.panel.worker import WorkerError
 from ldm4ts_kernels.vram import LARGEST_BATCH, PRECISIONS
 
@@ -200,7 +200,7 @@ class MemoryTab:
             for name, value in self.offers[button].items():
                 setattr(self.settings, name, value)
 
-        button = ui.button(label, on_click=take).props(QUIET)
+        button = quiet_button(label, take)
         return button
 
 

@@ -1,12 +1,12 @@
 """How the shown run goes: its state and buttons, speed, memory, loss curve, scores or its error."""
 
-from nicegui import ui
+from nicegui import events, ui
 
 from ldm4ts_kernels.data import OptionError
 from ldm4ts_kernels.panel.charts import loss_chart
 from ldm4ts_kernels.panel.run_state import RunState, find_runs
 from ldm4ts_kernels.panel.state import PanelState
-from ldm4ts_kernels.panel.widgets import QUIET, card, choice
+from ldm4ts_kernels.panel.widgets import FIELD, card, quiet_button
 
 COLORS = {"running": "primary", "finished": "positive", "failed": "negative", "paused": "warning"}
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -24,15 +24,14 @@ class RunView:
 
     def _build(self) -> None:
         with ui.row().classes("w-full items-center gap-3"):
-            self.runs = choice("Run", self.settings, "run", [""])
-            self.runs.on_value_change(self.refresh)
+            # Not bound to the setting: a select refuses a run that it has not heard of yet.
+            self.runs = ui.select([], label="Run", on_change=self._choose).mark("run")
+            self.runs.classes(FIELD).props("outlined dense options-dense")
             self.chip = ui.badge("idle").mark("state").props("role=status").classes("text-sm p-2")
         with ui.row().classes("gap-2"):
-            self.pause = ui.button("Pause", on_click=self._pause).mark("pause")
-            self.stop = ui.button("Stop", on_click=self._stop).mark("stop")
-            self.resume = ui.button("Resume", on_click=self._resume).mark("resume")
-            for button in (self.pause, self.stop, self.resume):
-                button.props(QUIET)
+            self.pause = quiet_button("Pause", self._pause).mark("pause")
+            self.stop = quiet_button("Stop", self._stop).mark("stop")
+            self.resume = quiet_button("Resume", self._resume).mark("resume")
         self.progress = ui.linear_progress(0, show_value=False).props("rounded size=10px")
         self.where = ui.label().classes("text-sm").mark("where")
         self.facts = ui.element("div").classes("w-full grid grid-cols-2 gap-x-6 gap-y-1 text-sm")
@@ -76,7 +75,7 @@ class RunView:
         current = self.settings.run
         if current and current not in names:
             names.insert(0, current)
-        self.runs.set_options(["", *names], value=current)
+        self.runs.set_options(names, value=current or None)
 
     def _draw(self, shown: RunState | None, state: str) -> None:
         self.facts.clear()
@@ -114,6 +113,11 @@ class RunView:
             for who, row in scores.items()
         ]
         self.scores.visible = True
+
+    def _choose(self, event: events.ValueChangeEventArguments) -> None:
+        if event.value and event.value != self.settings.run:
+            self.settings.run = event.value
+            self.refresh()
 
     def _pause(self) -> None:
         self.panel.job.pause()

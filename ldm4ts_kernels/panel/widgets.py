@@ -1,16 +1,16 @@
 """The few widgets that the tabs share, so that they look and behave alike."""
 
+from collections.abc import Callable
 from typing import Any
 
 from nicegui import ui
 
 FIELD = "w-full sm:w-56"
-QUIET = 'outline no-caps padding="4px 12px"'  # of a button that is not the main one
 
 
 def card(title: str) -> ui.column:
     """Open a titled card that fills its cell of the grid."""
-    with ui.card().classes("w-full h-full min-w-0").props("flat bordered"):
+    with ui.card().classes("w-full min-w-0").props("flat bordered"):
         ui.label(title).classes("text-lg font-medium").props("role=heading aria-level=2")
         return ui.column().classes("w-full gap-3 min-w-0")
 
@@ -32,6 +32,14 @@ def text(label: str, settings: Any, name: str) -> ui.input:
     """Return a text field bound to a setting."""
     field = ui.input(label).bind_value(settings, name)
     return field.classes(FIELD).props("outlined dense hide-bottom-space stack-label").mark(name)
+
+
+def quiet_button(label: str, on_click: Callable[[], Any]) -> ui.button:
+    """Return a button that is not the main one of its card, readable on white and on black."""
+    button = ui.button(label, on_click=on_click, color=None)
+    return button.classes("text-blue-800 dark:text-blue-300").props(
+        'outline no-caps padding="4px 12px"'
+    )
 
 
 def show_error(field: Any, message: str) -> None:
