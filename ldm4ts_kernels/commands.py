@@ -141,23 +141,6 @@ Vram = Annotated[
     str | None,
     _option("--vram", "`6GB`: take no more, and choose what fits it.", "Memory"),
 ]
-Optimizer = Annotated[
-    str | None, _option("--optimizer", "adamw, adamw8bit (default: adamw).", "Memory")
-]
-Weights = Annotated[
-    str | None, _option("--weights", "fp32, bf16 with adamw8bit (default: fp32).", "Memory")
-]
-InBackward = Annotated[
-    bool | None,
-    _option("--optimizer-in-backward/--optimizer-after", "With --gradient-clip 0.", "Memory"),
-]
-Accumulate = Annotated[
-    int | None, _option("--accumulate", "Parts of a step's batch", "Memory", "accumulate")
-]
-Offload = Annotated[
-    bool | None,
-    _option("--offload-activations/--keep-activations", "To the host's memory.", "Memory"),
-]
 BatchSize = Annotated[
     int | None, _option("--batch-size", "Windows in a step", "Optimisation", "batch_size")
 ]
@@ -252,11 +235,6 @@ def train_command(
     steps: Steps = None,
     autoencoder_steps: AutoencoderSteps = None,
     vram_gb: Vram = None,
-    optimizer: Optimizer = None,
-    weights: Weights = None,
-    optimizer_in_backward: InBackward = None,
-    accumulate: Accumulate = None,
-    offload_activations: Offload = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
     autoencoder_learning_rate: AutoencoderLearningRate = None,
