@@ -20,7 +20,13 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.measure import device_ms, environment
-from ldm4ts_kernels.kernels import flash_backward, flash_forward, tuning
+from ldm4ts_kernels.kernels import (
+    flash_backward,
+    flash_forward,
+    int8_forward,
+    quantize,
+    tuning,
+)
 from ldm4ts_kernels.kernels.problem import Problem
 from ldm4ts_kernels.kernels.tuning import Config
 
@@ -33,6 +39,10 @@ TILES = {
     "key_gradient": (
         (32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2),
         (64, 128, 8, 3), (128, 64, 4, 2),
+    ),
+    "int8_forward": (
+        (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 2),
+        (128, 128, 8, 2),
     ),
     "query_gradient": (
         (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2),
@@ -79,13 +89,19 @@ def run_stage(
             problem, query, key, value, None, None, out, lse, dout, None, *grads, None
         )
 
-    for plan in (flash_forward._plan, flash_backward._plan):
+    for plan in (flash_forward._plan, flash_backward._plan, int8_forward._plan):
         plan.cache_clear()
     chooser = "ldm4ts_kernels.kernels.problem"
     with mock.patch.multiple(chooser, choose=choose, choose_tma=choose_tma):
         try:
             if stage == "forward":
                 return use(forward)
+            if stage == "int8_forward":
+                quantised = quantize.empty_quantised(query, key)
+                quantize.quantise(problem, query, key, quantised, lse)
+                return use(
+                    lambda: int8_forward.int8_forward(problem, quantised, value, None, out, lse)
+                )
             forward()
             return use(backward)
         except OutOfResources as error:

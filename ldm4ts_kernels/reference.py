@@ -99,8 +99,8 @@ def quantised_attention(
     bottom_right: bool = False,
     window: tuple[int | None, int | None] = (None, None),
     scale: float | None = None,
-    block_q: int = 64,
-    block_k: int = 64,
+    block_q: int = 128,
+    block_k: int = 128,
     smooth: bool = True,
 ) -> tuple[Tensor, Tensor]:  # (B, H, Q, E), (B, H, Q)
     """Compute `attention` of query and key rounded to INT8, and the LSE of its rows.

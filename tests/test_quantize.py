@@ -41,7 +41,9 @@ def test_integers_and_scales_are_those_of_the_reference(shape, device, poison):
     torch.testing.assert_close(q_scale, expected_scale)
     own_mean = key.double().mean(2)
     torch.testing.assert_close(mean[..., : shape.D].double(), own_mean, rtol=1e-6, atol=1e-6)
-    expected, expected_scale = reference.quantise(key.float() - own_mean.float()[:, :, None], 64)
+    expected, expected_scale = reference.quantise(
+        key.float() - own_mean.float()[:, :, None], QUANT_ROWS
+    )
     torch.testing.assert_close(k_scale, expected_scale)
     # The mean's last bit is that of another order of sums: a tie may then round the other way.
     differences = (k[..., : shape.D].int() - expected.int()).abs()
@@ -53,12 +55,12 @@ def test_integers_and_scales_are_those_of_the_reference(shape, device, poison):
 
 
 def test_a_block_of_zeros_is_exactly_zero(device, poison):
-    query = torch.zeros(1, 1, 130, 16, dtype=torch.float16, device=device)
-    query[:, :, :64] = 1.0
+    query = torch.zeros(1, 1, QUANT_ROWS + 2, 16, dtype=torch.float16, device=device)
+    query[:, :, :QUANT_ROWS] = 1.0
     key = torch.full_like(query, 3.0)  # its token mean is the key itself
     result, _ = quantised(query, key)
-    assert (result.query[:, :, 64:] == 0).all()
-    assert (result.query[:, :, :64] == 127).all()
+    assert (result.query[:, :, QUANT_ROWS:] == 0).all()
+    assert (result.query[:, :, :QUANT_ROWS] == 127).all()
     assert (result.key == 0).all()
     assert torch.isfinite(result.query_scale).all()
     assert torch.isfinite(result.key_scale).all()
@@ -67,8 +69,8 @@ def test_a_block_of_zeros_is_exactly_zero(device, poison):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("column", [0, 70])
 def test_a_value_that_is_not_finite_is_never_rounded_away(bad, column, device):
-    query = torch.ones(1, 2, 130, 80, dtype=torch.float16, device=device)
-    query[0, 1, 70, column] = bad
+    query = torch.ones(1, 2, 2 * QUANT_ROWS + 2, 80, dtype=torch.float16, device=device)
+    query[0, 1, QUANT_ROWS + 6, column] = bad
     result, _ = quantised(query, query)
     expected = torch.zeros(1, 2, 3, dtype=torch.bool, device=device)
     expected[0, 1, 1] = True

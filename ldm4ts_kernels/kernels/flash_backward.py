@@ -340,19 +340,16 @@ def _plan(
     splits, rows_a_split = split_queries(problem, config.block_q, config.block_k)
     of_keys, of_mask = strides[18:24], strides[24:]
     shared = {**problem.flags(), "HAS_DMASK": has_dmask, "STEP": common_step(strides[:15])}
-    parts = [(0, *of_keys[:3]), (0, *of_keys[3:])]
-    if splits > 1:
-        shape = (splits, problem.batch, problem.kv_heads, problem.key_length, problem.head_dim)
-        parts = [torch.empty(shape, device="meta").stride()[:4]] * 2
     keys = Launch(
         (
             triton.cdiv(problem.key_length, config.block_k) * problem.batch * problem.kv_heads,
             splits,
         ),
-        (*strides[:18], *parts[0], *parts[1], *of_mask, *problem.numbers(), rows_a_split),
+        (*strides[:18], *part_strides(problem, of_keys, splits), *of_mask, *problem.numbers(),
+         rows_a_split),
         {**shared, **config.constants(), "ONE_BLOCK": one_block, "HAS_DLSE": has_dlse},
         config.tma,
-    )
+    )  # fmt: skip
     if one_block:
         return _Plan(keys, None, splits)
     config = problem.config("query_gradient", tma=tma)
@@ -398,6 +395,15 @@ def summed_parts(dk: Tensor, dv: Tensor, splits: int) -> Iterator[tuple[Tensor, 
     yield shares[0], shares[1]
     dk.copy_(shares[0].sum(0))
     dv.copy_(shares[1].sum(0))
+
+
+def part_strides(problem: Problem, whole: tuple[int, ...], splits: int) -> tuple[int, ...]:
+    """Return the four strides of dK and of dV as `summed_parts` yields them, from their three."""
+    if splits == 1:
+        return 0, *whole[:3], 0, *whole[3:]
+    head = problem.key_length * problem.head_dim
+    rows = (problem.kv_heads * head, head, problem.head_dim)
+    return (problem.batch * rows[0], *rows) * 2
 
 
 @functools.cache

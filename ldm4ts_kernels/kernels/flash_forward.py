@@ -22,6 +22,7 @@ from ldm4ts_kernels.kernels.primitives import (
     keep_weights,
     load_rows,
     masked_scores,
+    online_softmax,
     open_rows,
     scale_parts,
     store_parts,
@@ -95,6 +96,7 @@ def _flash_fwd_kernel(
     total = zero_parts(BLOCK_Q, PART_0, PART_1)
     row_max = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    units = tl.full((BLOCK_Q,), unit, tl.float32)
     low, whole, high = key_range(
         first_row, Q, K, diagonal, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
     )
@@ -112,16 +114,10 @@ def _flash_fwd_kernel(
                 mask_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left, right,
                 MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, CHECK == 1,
             )  # fmt: skip
-            new_max = tl.maximum(row_max, tl.max(scores, 1))
-            shift = new_max * unit
-            if MAY_BE_EMPTY:
-                shift = tl.where(new_max == -INFINITY, 0.0, shift)
-            weights = tl.exp2(scores * unit - shift[:, None])
-            if ONE_BLOCK:
-                row_sum = tl.sum(weights, 1)
-            else:
-                rescale = tl.exp2(row_max * unit - shift)
-                row_sum = row_sum * rescale + tl.sum(weights, 1)
+            weights, rescale, row_max, row_sum = online_softmax(
+                scores, units, row_max, row_sum, MAY_BE_EMPTY
+            )
+            if not ONE_BLOCK:  # where nothing came before, there is nothing to correct
                 total = scale_parts(total, rescale[:, None], PART_1)
             if HAS_DROPOUT:
                 keep = keep_weights(
@@ -130,13 +126,12 @@ def _flash_fwd_kernel(
                 weights = tl.where(keep, weights, 0.0)
             v = load_rows(v_rows, start, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1, TMA)
             total = accumulate(total, weights, v, PART_1, PRECISION)
-            row_max = new_max
 
     divisor = tl.where(row_sum == 0.0, 1.0, row_sum) * (1.0 - dropout_p)
     total = scale_parts(total, (1.0 / divisor)[:, None], PART_1)
     store_parts(o_ptr, first_row, stride_on, Q, total, BLOCK_Q, PART_0, PART_1, D)
-    lse = row_max * (unit * LN_2) + tl.log2(row_sum) * LN_2  # -inf for a row that sees no key
-    lse = tl.where(row_max == -INFINITY, -INFINITY, lse)
+    lse = (row_max + tl.log2(row_sum)) * LN_2
+    lse = tl.where(row_max == -INFINITY, -INFINITY, lse)  # a row that sees no key
     tl.store(lse_ptr + head_index.to(tl.int64) * Q + rows, lse, mask=rows < Q)
 
 

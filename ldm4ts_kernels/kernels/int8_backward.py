@@ -10,18 +10,22 @@ because its error is what dS amplifies; P, dS and dO in INT8 are left for when a
 quantising them pays. Each gradient is summed by one program in a fixed order: no atomics.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ldm4ts_kernels.kernels.flash_backward import (
     load_row_terms,
+    part_strides,
     row_terms,
     split_queries,
     summed_parts,
 )
 from ldm4ts_kernels.kernels.flash_forward import key_range
 from ldm4ts_kernels.kernels.int8_forward import int8_flags
+from ldm4ts_kernels.kernels.launch import Launch
 from ldm4ts_kernels.kernels.primitives import (
     INFINITY,
     LOG2_E,
@@ -47,9 +51,9 @@ def _weights_and_score_gradient(
     diagonal, left, right, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Return P and dS of one tile; `factor` makes its INT32 product scores."""
+    """Return P and dS of one tile; `factor` makes its INT8 product scores."""
     scores, _ = masked_scores(
-        product.to(tl.float32), rows, columns, mask_ptr, stride_mq, stride_mk, Q, K, factor, 1.0,
+        product, rows, columns, mask_ptr, stride_mq, stride_mk, Q, K, factor, 1.0,
         diagonal, left, right, MASK, False, True, HAS_LEFT, HAS_RIGHT, CHECK,
     )  # fmt: skip
     p = tl.exp2(scores * LOG2_E - exponent)
@@ -66,8 +70,9 @@ def _int8_dkdv_kernel(
     H, groups, Q, K, scale, diagonal, left, right, rows_a_split,
     D: tl.constexpr, WIDTH: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    STEP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    STEP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dK and dV of one block of keys over the queries of one split."""
     tl.static_assert(QUANT_ROWS % BLOCK_Q == 0, "a block of queries must have one scale")
@@ -155,8 +160,9 @@ def _int8_dq_kernel(
     H, groups, Q, K, scale, diagonal, left, right,
     D: tl.constexpr, WIDTH: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_DLSE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_DLSE: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dQ of one block of queries over the keys that they attend."""
     tl.static_assert(QUANT_ROWS % BLOCK_K == 0, "a block of keys must have one scale")
@@ -227,27 +233,43 @@ def int8_backward(
     dv: Tensor,  # (B, G, K, D)
 ) -> None:
     """Launch the three backward kernels into `dq`, `dk` and `dv`."""
-    strides = strides_of((value, dout, dq), attn_mask)
-    flags = {**int8_flags(problem), "STEP": common_step(strides[:6])}
-    numbers = (*problem.lengths(), problem.scale, *problem.band())
+    strides = strides_of((value, dout, dq, dk, dv), attn_mask)
+    keys, queries, splits = _plan(problem, strides, dlse is not None)
     delta, exponent = row_terms(problem, out, dout, lse, dlse)
+    with summed_parts(dk, dv, splits) as (dk_parts, dv_parts):
+        keys(
+            _int8_dkdv_kernel, *quantised[:4], value, dout, delta, exponent, attn_mask,
+            dk_parts, dv_parts,
+        )  # fmt: skip
+    queries(
+        _int8_dq_kernel, *quantised[:5], value, dout, dlse, delta, exponent, attn_mask, dq
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    problem: Problem,
+    strides: tuple[int, ...],  # of value, dout, dq, dk, dv and the mask
+    has_dlse: bool,
+) -> tuple[Launch, Launch, int]:
+    """Return the launches of dK with dV and of dQ, and among how many the first splits queries."""
+    of_mask = strides[15:]
+    numbers = (*problem.lengths(), problem.scale, *problem.band())
+    flags = {**int8_flags(problem), "STEP": common_step(strides[:6])}
     config = problem.config("int8_key_gradient")
     splits, rows_a_split = split_queries(problem, config.block_q, config.block_k)
-    kv_heads = problem.batch * problem.kv_heads
-    grid = (triton.cdiv(problem.key_length, config.block_k) * kv_heads, splits)
-    with summed_parts(dk, dv, splits) as (dk_parts, dv_parts):
-        _int8_dkdv_kernel[grid](
-            *quantised[:4], value, dout, delta, exponent, attn_mask, dk_parts, dv_parts,
-            *strides[:6], *dk_parts.stride()[:4], *dv_parts.stride()[:4], *strides[9:],
-            *numbers, rows_a_split, **flags,
-            BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    config = problem.config("int8_query_gradient")
-    grid = (triton.cdiv(problem.query_length, config.block_q) * problem.batch * problem.heads,)
-    _int8_dq_kernel[grid](
-        *quantised[:5], value, dout, dlse, delta, exponent, attn_mask, dq, *strides,
-        *numbers, **flags,
-        BLOCK_Q=config.block_q, BLOCK_K=config.block_k, HAS_DLSE=dlse is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    blocks = triton.cdiv(problem.key_length, config.block_k)
+    keys = Launch(
+        (blocks * problem.batch * problem.kv_heads, splits),
+        (*strides[:6], *part_strides(problem, strides[9:15], splits), *of_mask, *numbers,
+         rows_a_split),
+        {**flags, **config.constants()},
     )  # fmt: skip
+    config = problem.config("int8_query_gradient")
+    blocks = triton.cdiv(problem.query_length, config.block_q)
+    queries = Launch(
+        (blocks * problem.batch * problem.heads,),
+        (*strides[:9], *of_mask, *numbers),
+        {**flags, **config.constants(), "HAS_DLSE": has_dlse},
+    )
+    return keys, queries, splits

@@ -13,8 +13,6 @@ import torch
 import triton
 from torch import Tensor
 
-OPTIONS = ("num_warps", "num_stages")  # Triton's, not the kernel's
-
 
 class Launch:
     """A grid, run-time numbers and compile-time constants, to be called with a kernel's tensors.

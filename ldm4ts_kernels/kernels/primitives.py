@@ -142,15 +142,21 @@ def scale_parts(parts, factor, PART_1: tl.constexpr):
 def contract(left, right, PART_1: tl.constexpr, PRECISION: tl.constexpr):
     """Return left @ rightᵀ over the head dim: (ROWS, D), (COLUMNS, D) → (ROWS, COLUMNS) float32.
 
-    INT8 operands give int32, which is exact.
+    INT8 operands give the exact sum, for D ≤ 256: it is below 2^22, so that added to the bits of
+    1.5 · 2^23 it is a float32 already. A conversion costs a GPU more than the subtraction does.
     """
-    TYPE: tl.constexpr = tl.int32 if left[0].dtype == tl.int8 else tl.float32
-    product = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION, out_dtype=TYPE)
-    if PART_1 > 0:
-        product = tl.dot(
-            left[1], tl.trans(right[1]), product, input_precision=PRECISION, out_dtype=TYPE
-        )
-    return product
+    if left[0].dtype == tl.int8:
+        shape: tl.constexpr = (left[0].shape[0], right[0].shape[0])
+        integers = tl.full(shape, 0x4B400000, tl.int32)
+        integers = tl.dot(left[0], tl.trans(right[0]), integers, out_dtype=tl.int32)
+        if PART_1 > 0:
+            integers = tl.dot(left[1], tl.trans(right[1]), integers, out_dtype=tl.int32)
+        return integers.to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        product = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
+        if PART_1 > 0:
+            product = tl.dot(left[1], tl.trans(right[1]), product, input_precision=PRECISION)
+        return product
 
 
 @triton.jit
@@ -228,17 +234,18 @@ def masked_scores(
 
 
 @triton.jit
-def online_softmax(scores, row_max, row_sum, MAY_BE_EMPTY: tl.constexpr):
-    """Return exp(scores - max), the factor that corrects earlier sums, and the new max and sum.
+def online_softmax(scores, unit, row_max, row_sum, MAY_BE_EMPTY: tl.constexpr):
+    """Return 2^(scores · unit - max), the factor that corrects earlier sums, the new max and sum.
 
-    A row may have seen no key yet (MAY_BE_EMPTY): then -inf must not meet -inf.
+    `unit`, positive and one a row, turns a score into an exponent of 2; the maximum is in those. A
+    row may have seen no key yet (MAY_BE_EMPTY): then -inf must not meet -inf.
     """
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    shift = new_max * LOG2_E
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
+    shift = new_max
     if MAY_BE_EMPTY:
         shift = tl.where(new_max == -INFINITY, 0.0, shift)
-    weights = tl.exp2(scores * LOG2_E - shift[:, None])
-    rescale = tl.exp2(row_max * LOG2_E - shift)
+    weights = tl.exp2(scores * unit[:, None] - shift[:, None])
+    rescale = tl.exp2(row_max - shift)
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 

@@ -9,6 +9,7 @@ INT8 query and INT8 key. Sums have a fixed order, so the result is the same in e
 stored in a multiple of 16 bytes, which the loads of every kernel then know.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldm4ts_kernels.kernels.launch import Launch
 from ldm4ts_kernels.kernels.primitives import aligned, load_parts, store_parts, zero_parts
-from ldm4ts_kernels.kernels.problem import Problem, common_step
+from ldm4ts_kernels.kernels.problem import Problem, common_step, strides_of
 from ldm4ts_kernels.kernels.tuning import MEAN_PARTS, MEAN_ROWS, QUANT_ROWS, split_head_dim
 
 LARGEST = tl.constexpr(127.0)
@@ -221,28 +223,42 @@ def quantise(
     A value that is not finite makes the scale of its block NaN, and in the key the mean of its
     channel: it reaches every row of the block or head, and is never rounded away.
     """
-    # For a few hundred keys one program could take mean and INT8 in one launch: to be measured.
+    strides = strides_of((query, key), None)[:6]
+    sum_keys, quantise_all, shape = _plan(problem, strides)
+    sums = key.new_empty(shape, dtype=torch.float32)
+    sum_keys(_key_sum_kernel, key, sums)
+    quantise_all(_quantise_kernel, query, key, sums, *result, lse_shift)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    problem: Problem,
+    strides: tuple[int, ...],  # of query and key
+) -> tuple[Launch, Launch, tuple[int, int, int]]:
+    """Return the two launches, and the shape of the sums between them."""
     part_0, part_1 = int8_parts(problem.head_dim)
     flags = {
         "D": problem.head_dim,
         "WIDTH": stored_width(problem.head_dim),
         "QK_0": part_0,
         "QK_1": part_1,
-        "STEP": common_step((*query.stride()[:3], *key.stride()[:3])),
-        "num_warps": 4 if problem.head_dim <= 128 else 8,
+        "STEP": common_step(strides),
+        "num_warps": 4 if problem.head_dim <= 64 else 8,
     }
     rows_a_part = triton.cdiv(triton.cdiv(problem.key_length, MEAN_PARTS), MEAN_ROWS) * MEAN_ROWS
     parts = triton.cdiv(problem.key_length, rows_a_part)
     kv_heads = problem.batch * problem.kv_heads
-    sums = key.new_empty(kv_heads, parts, flags["WIDTH"], dtype=torch.float32)
-    _key_sum_kernel[(kv_heads, parts)](
-        key, sums, *key.stride()[:3], problem.kv_heads, problem.key_length, rows_a_part,
-        **flags, BLOCK=MEAN_ROWS,
-    )  # fmt: skip
-    query_programs = result.query_scale.numel()
-    _quantise_kernel[(query_programs + result.key_scale.numel(),)](
-        query, key, sums, *result, lse_shift, *query.stride()[:3], *key.stride()[:3],
-        *problem.lengths(), problem.scale, parts, query_programs,
-        **flags, MAX_PARTS=MEAN_PARTS, BLOCK=QUANT_ROWS,
-        enable_fp_fusion=False,  # x · factor is rounded before ROUNDER is added, as the oracle does
-    )  # fmt: skip
+    sum_keys = Launch(
+        (kv_heads, parts),
+        (*strides[3:], problem.kv_heads, problem.key_length, rows_a_part),
+        {**flags, "BLOCK": MEAN_ROWS},
+    )
+    of_queries = problem.batch * problem.heads * triton.cdiv(problem.query_length, QUANT_ROWS)
+    of_keys = kv_heads * triton.cdiv(problem.key_length, QUANT_ROWS)
+    quantise_all = Launch(
+        (of_queries + of_keys,),
+        (*strides, *problem.lengths(), problem.scale, parts, of_queries),
+        # No fusion: x · factor is rounded before ROUNDER is added, as the oracle does.
+        {**flags, "MAX_PARTS": MEAN_PARTS, "BLOCK": QUANT_ROWS, "enable_fp_fusion": False},
+    )
+    return sum_keys, quantise_all, (kv_heads, parts, flags["WIDTH"])

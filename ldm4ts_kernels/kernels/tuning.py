@@ -136,7 +136,7 @@ TMA_LENGTH = 512  # queries and keys, at least
 SPECIALISES = triton.__version__.startswith("3.6.")
 # Rows of query or key that share one INT8 scale. Every tile that a kernel walks over divides it, so
 # that it has one scale.
-QUANT_ROWS = 64
+QUANT_ROWS = 128
 MEAN_PARTS, MEAN_ROWS = 16, 32  # a head's token mean: parts at most, rows a load
 ONE_BLOCK_KEYS = 128  # a backward whose keys fit one block needs one launch
 
