@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ldm4ts_kernels.requirements import import_error
@@ -148,6 +147,8 @@ def call_qwen(model: nn.Module) -> Tensor:
 
 
 def clip() -> nn.Module:
+    import transformers
+
     return transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             hidden_size=16,
@@ -169,6 +170,8 @@ def call_clip(model: nn.Module) -> Tensor:
 
 
 def t5() -> nn.Module:
+    import transformers
+
     return transformers.T5EncoderModel(
         transformers.T5Config(
             d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=50, dropout_rate=0.0
@@ -182,6 +185,8 @@ def call_t5(model: nn.Module) -> Tensor:
 
 
 def vit() -> nn.Module:
+    import transformers
+
     return transformers.ViTModel(
         transformers.ViTConfig(
             hidden_size=16,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers", reason="needs diffusers")
-pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("triton", reason="needs triton")
 
 import diffusers
