@@ -8,6 +8,7 @@ the allocator's, weights and optimizer states included. What an attention refuse
 Without a GPU a tiny U-Net takes the same steps, and nothing is written.
 """
 
+import gc
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -218,6 +219,7 @@ def test_unet_step(benchmark, subject, step, attention):
         "step": step, "attention": attention, "median_ms": "", "peak_mib": "", "refusal": "",
     }  # fmt: skip
     rows.append(row)
+    gc.collect()  # or the peak holds an earlier optimizer's states
     with plug(unet, attention):
         run = STEPS[step](unet, given)
         try:
