@@ -1,9 +1,13 @@
-"""The order of the training data, which the seed and the step alone decide."""
+"""The training data: their order, which seed and step alone decide, and what is computed once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+ENCODED_AT_ONCE = 16  # windows
 
 
 class SeededBatches(Sampler[list[int]]):
@@ -29,3 +33,32 @@ class SeededBatches(Sampler[list[int]]):
                 shuffled_epoch, order = epoch, torch.randperm(self.size, generator=generator)
             start = position * self.batch_size
             yield order[start : start + self.batch_size].tolist()
+
+
+class EncodedWindows(Dataset[dict[str, Tensor]]):
+    """Windows with what `encode`, {"history": …} to tensors, makes of their histories.
+
+    Kept in the host's memory, for the windows `wanted` alone. They are encoded with their
+    neighbours in blocks that depend on nothing else, so that a resumed run gets the same bits.
+    """
+
+    def __init__(
+        self, windows: Any, encode: Callable[[Tensor], dict[str, Tensor]], wanted: Iterable[int]
+    ) -> None:
+        self.windows = windows
+        self.encoded: dict[str, Tensor] = {}
+        for block in sorted({index // ENCODED_AT_ONCE for index in wanted}):
+            first = block * ENCODED_AT_ONCE
+            last = min(first + ENCODED_AT_ONCE, len(windows))
+            history = torch.stack([windows[index]["history"] for index in range(first, last)])
+            for name, value in encode(history).items():
+                if name not in self.encoded:  # pages that nothing is written to take no memory
+                    self.encoded[name] = torch.empty(len(windows), *value.shape[1:])
+                self.encoded[name][first:last] = value
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        mine = {name: values[index] for name, values in self.encoded.items()}
+        return {**self.windows[index], **mine}

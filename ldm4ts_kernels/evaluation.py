@@ -82,12 +82,10 @@ def _forecasts(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return by forecaster its point forecast (B, T, C) and its draws (S, B, T, C)."""
     config = model.config
-    point = model.sample(history, 1, sampling_steps, generator).cpu()  # (1, B, T, C)
-    draws = point
-    if samples > 1:
-        draws = model.sample(history, samples, sampling_steps, generator).cpu()
+    locations, draws = model.draw(history, samples, sampling_steps, generator)
+    point, draws = locations[0].cpu(), draws.cpu()  # (B, T, C), (S, B, T, C)
     last = last_value_forecast(history, config.horizons, config.targets)
     season = seasonal_naive_forecast(history, config.horizons, config.targets, config.period)
     points = (last, season)
     naive = {name: (p, p[None]) for name, p in zip(FORECASTERS[1:], points, strict=True)}
-    return {FORECASTERS[0]: (point[0], draws), **naive}
+    return {FORECASTERS[0]: (point, draws), **naive}

@@ -9,6 +9,7 @@ import torch
 
 from ldm4ts_kernels.checkpoints import find_checkpoints
 from ldm4ts_kernels.data import OptionError, load_series
+from ldm4ts_kernels.graphs import CudaGraphs
 from ldm4ts_kernels.model import LDM4TSModel
 from ldm4ts_kernels.runs import read_config, read_scaler
 
@@ -108,4 +109,6 @@ def _load_model(
     )
     if model.needs_autoencoder_training:
         raise OptionError(f"{directory} has trained its autoencoder only; resume it first")
+    if model.device.type == "cuda":
+        model.graph_sampling(CudaGraphs(model.device))
     return model

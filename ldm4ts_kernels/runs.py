@@ -102,6 +102,7 @@ class TrainConfig:
     optimizer: str = "adamw"  # or "adamw8bit": states of a byte
     optimizer_in_backward: bool = False  # frees each gradient at once; without clipping
     accumulate: int = 1  # parts that a batch is split into; its result is the same
+    cache_latents: bool = True  # encode each window once; the encoders then leave the GPU
     offload_activations: bool = False  # to the host's memory, until the backward pass
     vram_gb: float | None = None  # of 2^30 bytes: what the process may take of the GPU
     cuda_graphs: bool = True  # on a GPU: a step, and a step of sampling, as one launch

@@ -11,18 +11,20 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from ldm4ts_kernels.batches import SeededBatches
+from ldm4ts_kernels.batches import EncodedWindows, SeededBatches
 from ldm4ts_kernels.checkpoints import (
     STAGES,
     Position,
@@ -53,6 +55,7 @@ from ldm4ts_kernels.process import (
 from ldm4ts_kernels.runs import Run, TrainConfig, open_run
 from ldm4ts_kernels.training_log import StepLog, StepReport, TrainingError
 from ldm4ts_kernels.training_step import StageLoss, TrainingStep
+from ldm4ts_kernels.vram import GIB
 
 __all__ = [
     "StepReport",
@@ -66,6 +69,7 @@ __all__ = [
 logger = logging.getLogger("ldm4ts_kernels")
 
 FREEZING_WINDOWS = 64  # training windows whose latents set the autoencoder's scale
+LARGEST_CACHE = 4 * GIB  # bytes of latents in the host's memory
 FINAL_LEARNING_RATE = 0.1  # of the cosine's start
 
 
@@ -183,6 +187,8 @@ def _run_stage(job: _Job, stage: str) -> None:
     resuming = checkpoint is not None and checkpoint.position.stage == stage
     start = checkpoint.position.step if checkpoint is not None and resuming else 0
 
+    batches = SeededBatches(len(job.splits.train), config.batch_size, config.seed, start, steps)
+    windows = job.splits.train if first_stage else _encode_once(job, batches)
     if config.weights == "bf16" and not first_stage:
         for parameter in parameters:
             parameter.data = parameter.data.bfloat16()
@@ -204,13 +210,44 @@ def _run_stage(job: _Job, stage: str) -> None:
     build = partial(_build_step, job, stage, loss, parameters, optimizer)
     take_step = LadderedStep(config, build, partial(_change_levers, job))
     log = StepLog(job.run, config.device, stage, steps, partial(_serving, model))
-    for step, batch in enumerate(_batches(job, start, steps), start + 1):
-        rate = learning_rate_at(step, steps, peak, config.warmup_steps)
-        set_learning_rate(optimizer, rate)
-        log.add(step, rate, take_step(batch))
-        _keep_books(job, log, stage, step, steps, optimizer)
-    take_step.step.forget()
+    encoded = isinstance(windows, EncodedWindows)
+    with model.encoders_off_the_gpu() if encoded else nullcontext():
+        for step, batch in enumerate(_load(windows, batches, config.device), start + 1):
+            rate = learning_rate_at(step, steps, peak, config.warmup_steps)
+            set_learning_rate(optimizer, rate)
+            log.add(step, rate, take_step(batch))
+            _keep_books(job, log, stage, step, steps, optimizer)
+        take_step.step.forget()
     job.accelerator.free_memory()
+
+
+def _encode_once(job: _Job, batches: SeededBatches) -> Dataset[dict[str, Tensor]]:
+    """Return the training windows with the latents of those in the batches, if they fit."""
+    windows = job.splits.train
+    size = len(windows) * math.prod(job.model.latent_shape) * torch.float32.itemsize
+    if not job.config.cache_latents:
+        return windows
+    if size > LARGEST_CACHE:
+        logger.info(
+            "each step encodes its windows: the latents of all would take %.1f GiB of the host's "
+            "memory, more than %.0f",
+            size / GIB,
+            LARGEST_CACHE / GIB,
+        )
+        return windows
+    return EncodedWindows(windows, job.model.encode_frozen, chain.from_iterable(batches))
+
+
+def _load(
+    windows: Dataset[dict[str, Tensor]], batches: SeededBatches, device: str
+) -> DataLoader[Any]:
+    # Its own generator: a DataLoader draws a seed when it starts, which resuming must not repeat.
+    return DataLoader(
+        windows,
+        batch_sampler=batches,
+        generator=torch.Generator(),
+        pin_memory=device == "cuda",
+    )
 
 
 def _build_step(
@@ -245,18 +282,6 @@ def _change_levers(job: _Job, config: TrainConfig) -> None:
     job.model.graphed_denoiser = None  # its memory is that of the step's graph
     job.model.configure(config.attention_backend, config.checkpointing)
     job.run.write_config(config)
-
-
-def _batches(job: _Job, first: int, last: int) -> DataLoader[Any]:
-    config = job.config
-    batches = SeededBatches(len(job.splits.train), config.batch_size, config.seed, first, last)
-    # Its own generator: a DataLoader draws a seed when it starts, which resuming must not repeat.
-    return DataLoader(
-        job.splits.train,
-        batch_sampler=batches,
-        generator=torch.Generator(),
-        pin_memory=config.device == "cuda",
-    )
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int) -> float:

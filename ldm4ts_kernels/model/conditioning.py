@@ -84,6 +84,7 @@ class Conditioner(nn.Module):
     def forward(
         self,
         series: Tensor,  # (B, L, V), normalised
+        text: Tensor | None = None,  # (B, 1, E), of `read_text`; None: read now
     ) -> Tensor:  # (B, T, width)
         with torch.autocast(series.device.type, enabled=False):
             spectra, statistics = spectrum(series.float()), window_statistics(series.float())
@@ -92,12 +93,20 @@ class Conditioner(nn.Module):
             self.statistics(statistics) + self.variate[1],
         ]
         if self.text is not None:
-            tokens.append(self.text(statistics))
+            tokens.append(self.text.projection(self.text(statistics) if text is None else text))
         return self.norm(torch.cat(tokens, dim=1))
+
+    def read_text(
+        self,
+        series: Tensor,  # (B, L, V), normalised
+    ) -> Tensor:  # (B, 1, E)
+        """Return what the frozen text encoder makes of the windows; there must be one."""
+        assert self.text is not None
+        return self.text(window_statistics(series.float()))
 
 
 class TextConditioner(nn.Module):
-    """One token a window: W · mean over tokens of a frozen text encoder's output: (B, 1, width).
+    """Mean over tokens of a frozen text encoder's output: (B, 1, E). `projection` makes it a token.
 
     The prompt has the paper's contents: a description of the data, the task, and the window's
     statistics (means over the forecast variates). Writing it copies the statistics to the host, so
@@ -145,16 +154,16 @@ class TextConditioner(nn.Module):
     def forward(
         self,
         statistics: Tensor,  # (B, V, 10)
-    ) -> Tensor:  # (B, 1, width)
+    ) -> Tensor:  # (B, 1, E)
         tokens = self.tokenizer(
             self.write_prompts(statistics),
             padding=True,
             truncation=True,
             max_length=MAX_TEXT_TOKENS,
             return_tensors="pt",
-        ).to(statistics.device)
+        ).to(self.encoder.device)
         with torch.no_grad():
             hidden = self.encoder(**tokens).last_hidden_state  # (B, tokens, hidden)
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)
         mean = (hidden * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
-        return self.projection(mean)
+        return mean.to(statistics.device)

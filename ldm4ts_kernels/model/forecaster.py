@@ -30,6 +30,7 @@ from ldm4ts_kernels.model.denoiser import (
 )
 from ldm4ts_kernels.model.pretrained import load_weights, read_config, write_checkpoint
 from ldm4ts_kernels.model.recompute import recompute, recompute_activations
+from ldm4ts_kernels.model.summary import summarise_draws
 from ldm4ts_kernels.model.temporal import (
     ForecastHead,
     GatedFusion,
@@ -42,6 +43,8 @@ from ldm4ts_kernels.model.windows import (
     as_futures,
     as_prices,
     as_windows,
+    available_device,
+    check_count,
     check_finite,
     standardise,
 )
@@ -52,7 +55,6 @@ TARGET_LIMIT = 20.0
 # Images in the decoder together, in a forecast and where activations are recomputed: its layers of
 # full resolution would else take more than the whole U-Net.
 DECODED_AT_ONCE = 2
-QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 
 class LDM4TSModel(nn.Module):
@@ -77,7 +79,7 @@ class LDM4TSModel(nn.Module):
         **config_fields: Any,
     ):
         super().__init__()
-        target_device = _available_device(device)
+        target_device = available_device(device)
         named = {
             "image_size": image_size,
             "horizons": horizons,
@@ -169,7 +171,7 @@ class LDM4TSModel(nn.Module):
         """Return L_diff + λ L_pred as "loss", and both parts detached: scalars, float32.
 
         batch: "history" (B, L, V) and "future" (B, T, C), in the same units, and, where they were
-        drawn before, the entries of `draw_noise`. L_diff = ‖ε - ε_θ‖²;
+        drawn before, the entries of `draw_noise`, and of `encode_frozen`. L_diff = ‖ε - ε_θ‖²;
         L_pred = (location - y)² + CRPS of the scale around the location detached, in units of the
         window's deviation, targets bounded to ± 20 of them. LDM4TS equation 13 and algorithm 1.
         The gradient of L_pred reaches the U-Net through the frozen decoder. Runs without host
@@ -186,11 +188,12 @@ class LDM4TSModel(nn.Module):
         series, last, deviation = standardise(history, self.targets)
         target = ((future - last) / deviation).clamp(-TARGET_LIMIT, TARGET_LIMIT)
 
-        clean = self.autoencoder.encode(self.encode_vision(series))
+        frozen = batch if "latents" in batch else self._encode_series(series)
+        clean = frozen["latents"]
         drawn = batch if "noise" in batch else self.draw_noise(len(history), generator)
         noise, timesteps = drawn["noise"], drawn["timesteps"]
         noisy = self.noise_process.add_noise(clean, noise, timesteps)
-        tokens = self.conditioner(series)
+        tokens = self.conditioner(series, frozen.get("text"))
         predicted = self.unet(noisy, timesteps, tokens, return_dict=False)[0].float()
         estimate = self.noise_process.estimate_clean(noisy, predicted, timesteps)
         location, scale = self._read_forecast(estimate, self._encode_targets(series))
@@ -211,6 +214,39 @@ class LDM4TSModel(nn.Module):
         steps = self.config.diffusion_steps
         timesteps = torch.randint(steps, (count,), generator=generator, device=source)
         return {"noise": noise, "timesteps": timesteps.to(self.device)}
+
+    @torch.no_grad()
+    def encode_frozen(
+        self,
+        history: Tensor,  # (B, L, V) or (L, V)
+    ) -> dict[str, Tensor]:
+        """Return what the frozen parts make of windows: "latents" (B, Z, h, w), "text" (B, 1, E).
+
+        "text" where there is a text encoder. Computed once, it spares each step these parts.
+        """
+        windows = as_windows("history", history, self.config, self.device)
+        return self._encode_series(standardise(windows, self.targets)[0])
+
+    def _encode_series(
+        self,
+        series: Tensor,  # (B, L, V), normalised
+    ) -> dict[str, Tensor]:
+        latents = {"latents": self.autoencoder.encode(self.encode_vision(series))}
+        text = self.conditioner.text is not None
+        return {**latents, "text": self.conditioner.read_text(series)} if text else latents
+
+    @contextlib.contextmanager
+    def encoders_off_the_gpu(self) -> Iterator[None]:
+        """Keep what `encode_frozen` alone needs in the host's memory; text is read there."""
+        text, device = self.conditioner.text, self.device
+        parts = [self.autoencoder.kl.encoder, *([] if text is None else [text.encoder])]
+        for part in parts:
+            part.to("cpu")
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.to(device)
 
     # Forecasting
 
@@ -246,9 +282,9 @@ class LDM4TSModel(nn.Module):
         """Return the draws' locations, and the draws as `sample` does: each (S, B, T, C)."""
         history = as_windows("ohlcv", ohlcv, self.config, self.device)
         check_finite("ohlcv", history)
-        _check_count("num_samples", num_samples)
+        check_count("num_samples", num_samples)
         steps = self.config.sampling_steps if sampling_steps is None else sampling_steps
-        _check_count("sampling_steps", steps, self.config.diffusion_steps)
+        check_count("sampling_steps", steps, self.config.diffusion_steps)
         series, last, deviation = standardise(history, self.targets)
         with _evaluating(self):
             tokens = self.conditioner(series).repeat(num_samples, 1, 1)  # (S * B, tokens, width)
@@ -286,11 +322,7 @@ class LDM4TSModel(nn.Module):
             price = as_prices(current_price, len(history), self.config, self.device)
             shift = (price - history[:, -1, self.targets])[:, None]
             locations, draws = locations + shift, draws + shift
-        statistics = {"mean": locations.mean(dim=0), "std": draws.std(dim=0, correction=0)}
-        ordered = draws.sort(dim=0).values
-        for name, level in QUANTILES.items():
-            statistics[name] = _interpolate(ordered, level)
-        return statistics
+        return summarise_draws(locations, draws)
 
     # Checkpoints
 
@@ -358,17 +390,6 @@ class LDM4TSModel(nn.Module):
         return self.autoencoder.latent_channels, height // reduction, width // reduction
 
 
-def _interpolate(
-    ordered: Tensor,  # (S, ...), ascending
-    level: float,
-) -> Tensor:
-    """Return the quantile between the two nearest draws; torch.quantile ends at 16 M values."""
-    position = level * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return torch.lerp(ordered[below], ordered[above], position - below)
-
-
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     training = module.training
@@ -377,20 +398,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
-
-
-def _available_device(device: str | torch.device) -> torch.device:
-    resolved = torch.device(device)
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        built = torch.version.cuda or "no CUDA"
-        raise RuntimeError(
-            f'device="{device}" needs an NVIDIA GPU that PyTorch can use, and there is none here '
-            f'(torch {torch.__version__}, built for {built}); pass device="cpu" to run without'
-        )
-    return resolved
-
-
-def _check_count(name: str, value: int, largest: int | None = None) -> None:
-    if not isinstance(value, int) or value < 1 or (largest is not None and value > largest):
-        expected = ">= 1" if largest is None else f"from 1 to diffusion_steps ({largest})"
-        raise ValueError(f"{name} must be an integer {expected}, got {value!r}")

@@ -76,3 +76,22 @@ def standardise(
     deviation = history.std(dim=1, correction=0, keepdim=True) + epsilon + smallest
     series = (history - last) / deviation
     return series, last.index_select(-1, targets), deviation.index_select(-1, targets)
+
+
+def available_device(device: str | torch.device) -> torch.device:
+    """Return the device; RuntimeError, with what to do, for "cuda" without a GPU."""
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        raise RuntimeError(
+            f'device="{device}" needs an NVIDIA GPU that PyTorch can use, and there is none here '
+            f'(torch {torch.__version__}, built for {built}); pass device="cpu" to run without'
+        )
+    return resolved
+
+
+def check_count(name: str, value: int, largest: int | None = None) -> None:
+    """Raise ValueError unless value is an integer from 1 to largest, diffusion_steps."""
+    if not isinstance(value, int) or value < 1 or (largest is not None and value > largest):
+        expected = ">= 1" if largest is None else f"from 1 to diffusion_steps ({largest})"
+        raise ValueError(f"{name} must be an integer {expected}, got {value!r}")
