@@ -1,0 +1,305 @@
+"""The panel's page without a browser: every control, the estimate, the errors beside the fields."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+
+import pytest
+from tiny_run import write_series
+
+pytest.importorskip("nicegui")
+
+from nicegui import ui
+from nicegui.testing import User
+from nicegui.testing.user_simulation import user_simulation
+
+from ldm4ts_kernels.panel.data_check import check_data
+from ldm4ts_kernels.panel.estimates import Estimates, Question
+from ldm4ts_kernels.panel.questions import answer
+from ldm4ts_kernels.panel.server import TABS, build_page
+from ldm4ts_kernels.panel.settings import CARDS_GB
+from ldm4ts_kernels.panel.state import PanelState
+from ldm4ts_kernels.vram import GIB, estimate_vram_usage
+
+
+def total_of(arguments: dict[str, object], batch: int) -> float:
+    """Return a made-up estimate in GiB: default attention and large batches take more."""
+    default = 4 if arguments["backend"] == "default" else 1
+    kept = 0.25 if arguments["gradient_checkpointing"] else 1.0
+    return 2 + batch * default * kept
+
+
+class FakeWorker:
+    """Answers as the child process would, at once, with figures that are easy to check."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def ask(self, function: str, arguments: dict[str, object]) -> dict[str, object]:
+        self.asked.append(function)
+        if function == "recommend":
+            if arguments["vram_gb"] < 3:
+                return {"nothing_fits": "vram_gb must be at least 3.00 for one window"}
+            fits = {"attention_backend": "flash", "precision": "bf16", "batch_size": 5}
+            return {**fits, "gradient_checkpointing": True, "estimated_gb": 5.5, "why": ""}
+        found = {}
+        for batch in range(1, 65):
+            total = total_of(arguments, batch)
+            found[f"{batch}"] = {
+                **arguments,
+                "batch_size": batch,
+                "total_estimated_gb": total,
+                "savings_vs_default_pct": 100 * (1 - total / (2 + batch * 4)),
+                "bytes": {"parameters": GIB, "activations": round((total - 1) * GIB)},
+            }
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def open_panel(tmp_path, tab: str = "Memory Optimization"):
+    """Yield a simulated browser on a tab, and the state behind the page."""
+    panel = PanelState(tmp_path, estimates=Estimates(tmp_path / "cache"))
+    panel.settings.preset, panel.settings.image_size = "guide", 224
+    panel.estimates.worker = FakeWorker()
+    async with user_simulation(lambda: build_page(panel)) as user:
+        await user.open(f"/?tab={tab.replace(' ', '%20')}")
+        yield user, panel
+        panel.close()
+
+
+def text_of(user: User, marker: str) -> str:
+    (label,) = user.find(marker=marker, kind=ui.label).elements
+    return label.text
+
+
+async def settle(user: User, marker: str, part: str) -> str:
+    """Wait until a label says a part; return its text."""
+    for _ in range(100):
+        if part in text_of(user, marker):
+            break
+        await asyncio.sleep(0.02)
+    assert part in text_of(user, marker)
+    return text_of(user, marker)
+
+
+def test_the_tabs_are_those_of_the_guide(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path) as (user, _):
+            for name in TABS:
+                await user.should_see(marker=f"tab-{name}")
+
+    assert list(TABS) == ["Generative Forecast", "LDM4TS Training", "Memory Optimization"]
+    asyncio.run(body())
+
+
+def test_the_estimate_follows_every_control(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path) as (user, panel):
+            settings = panel.settings
+            await settle(user, "total", "3.00 GiB")
+            settings.batch_size = 8
+            await settle(user, "total", "4.00 GiB")
+            settings.gradient_checkpointing = False
+            await settle(user, "total", "10.00 GiB")
+            settings.attention = "default"
+            settings.card_gb = 40
+            await settle(user, "total", "34.00 GiB")
+            settings.precision, settings.preset = "bf16", "paper"
+            await settle(user, "total", "34.00 GiB")
+            assert settings.image_size == 64
+            settings.image_size = None
+            assert "image_size: expected a whole number" in text_of(user, "verdict")
+            settings.image_size = 100
+            assert "image_size: expected a multiple of 16, got 100" in text_of(user, "verdict")
+
+    asyncio.run(body())
+
+
+def test_the_colour_says_whether_it_saves_and_whether_it_fits(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path) as (user, panel):
+            (total,) = user.find(marker="total", kind=ui.label).elements
+            await settle(user, "verdict", "83 % below default attention without")
+            assert "text-green-700" in total.classes
+            panel.settings.attention = "default"
+            panel.settings.gradient_checkpointing = False
+            panel.settings.card_gb = 100
+            await settle(user, "verdict", "No optimisation is active")
+            assert "text-neutral-600" in total.classes
+            panel.settings.card_gb = 8
+            await settle(user, "verdict", "10.00 GiB more than the card has")
+            assert "text-red-700" in total.classes
+
+    asyncio.run(body())
+
+
+def test_what_does_not_fit_names_the_lever_and_a_click_takes_it(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path) as (user, panel):
+            panel.settings.attention = "default"
+            panel.settings.gradient_checkpointing = False
+            said = await settle(user, "lever", "Fits with")
+            assert said == "Fits with FlashAttention, bf16, gradient checkpointing."
+            user.find(marker="apply").click()
+            settings = panel.settings
+            assert (settings.attention, settings.precision) == ("flash", "bf16")
+            panel.settings.card_gb = 2
+            assert "at least 3.00 for one window" in await settle(user, "lever", "vram_gb")
+
+    asyncio.run(body())
+
+
+def test_more_windows_than_fit_are_offered_as_the_most_that_do(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path) as (user, panel):
+            panel.settings.batch_size = 60
+            await settle(user, "lever", "Most windows: 5, with FlashAttention, bf16")
+            user.find(marker="apply").click()
+            assert panel.settings.batch_size == 5
+
+    asyncio.run(body())
+
+
+def test_each_card_is_a_preset_of_one_click(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path) as (user, panel):
+            for card in CARDS_GB:
+                await settle(user, f"card-{card}", "batch 5: 5.50 GiB")
+                user.find(marker=f"use-{card}").click()
+                assert (panel.settings.card_gb, panel.settings.batch_size) == (card, 5)
+
+    asyncio.run(body())
+
+
+def test_the_answer_is_that_of_the_function():
+    arguments = {"preset": "paper", "part": "unet", "backend": "flash", "precision": "fp32"}
+    found = answer(json.dumps(["estimate", arguments]))["answer"]
+    assert found["17"] == estimate_vram_usage(17, **arguments)
+    assert len(found) == 64
+    wrong = answer(json.dumps(["estimate", {**arguments, "precision": "fp8"}]))
+    assert wrong["error"].startswith("precision must be one of")
+
+
+def test_an_answer_is_kept_for_the_next_start(tmp_path):
+    async def body() -> None:
+        question = Question("estimate", (("backend", "flash"), ("gradient_checkpointing", True)))
+        first, second = Estimates(tmp_path), Estimates(tmp_path)
+        first.worker, second.worker = FakeWorker(), FakeWorker()
+        both = await asyncio.gather(first.ask(question), first.ask(question))
+        assert first.worker.asked == ["estimate"] and both[0] == both[1]
+        assert json.dumps(second.look_up(question)) == json.dumps(both[0])
+        for file in tmp_path.rglob("*.json"):
+            file.write_text("{")
+        assert Estimates(tmp_path).look_up(question) is None
+
+    asyncio.run(body())
+
+
+def test_the_backends_are_those_of_the_doctor(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path) as (user, panel):
+            labels = [element.text for element in user.find(kind=ui.label).elements]
+            for finding in panel.diagnosis.backends:
+                assert any(f"{finding.name} ({finding.precision}): " in text for text in labels)
+                assert not finding.reasons or "; ".join(finding.reasons) in labels
+                assert not finding.fix or finding.fix in labels
+
+    asyncio.run(body())
+
+
+def test_the_loaders_error_stands_beside_its_field(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path, "LDM4TS Training") as (user, panel):
+            await settle(user, "data-summary", "5,031 rows")
+            (field,) = user.find(marker="targets", kind=ui.input).elements
+            panel.settings.targets = "Closing"
+            for _ in range(100):
+                await asyncio.sleep(0.02)
+                if field.props.get("error-message"):
+                    break
+            assert field.props["error-message"].startswith("targets: no column 'Closing'")
+            panel.settings.targets = ""
+            await settle(user, "data-summary", "5,031 rows")
+            assert "error" not in field.props
+
+    asyncio.run(body())
+
+
+def test_a_run_that_cannot_start_says_why_beside_the_button(tmp_path):
+    async def body() -> None:
+        (tmp_path / "taken").mkdir()
+        async with open_panel(tmp_path, "LDM4TS Training") as (user, panel):
+            panel.settings.name = "taken"
+            user.find(marker="start").click()
+            await settle(user, "start-error", "resume it or choose another name")
+            panel.settings.name, panel.settings.steps = "new", 0
+            user.find(marker="start").click()
+            await settle(user, "start-error", "steps: expected a whole number from 1")
+
+    asyncio.run(body())
+
+
+def test_a_failed_run_shows_its_error_and_no_spinner(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path, "LDM4TS Training") as (user, panel):
+            panel.job.start("bad", {"data": {"name": "csv", "path": "nowhere.csv"}})
+            panel.settings.run = "bad"
+            (chip,) = user.find(marker="state", kind=ui.badge).elements
+            for _ in range(300):
+                await asyncio.sleep(0.1)
+                if chip.text == "failed":
+                    break
+            await settle(user, "run-error", "path: expected a CSV file, got 'nowhere.csv'")
+
+    asyncio.run(body())
+
+
+def test_without_a_run_the_forecast_says_what_to_do(tmp_path):
+    async def body() -> None:
+        async with open_panel(tmp_path, "Generative Forecast") as (user, _):
+            await settle(user, "forecast-error", "No run yet: train one in the next tab.")
+            (button,) = user.find(marker="forecast", kind=ui.button).elements
+            assert not button.enabled
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        ({"timestamp": "when"}, "timestamp", "no column 'when'"),
+        ({"targets": ("d",)}, "targets", "no column 'd'"),
+        ({"history": 1}, "history", "at least 2 rows"),
+        ({"period": 99}, "period", "expected 1 .. history=24"),
+        ({"horizons": (500,)}, "", "too short"),
+    ],
+)
+def test_an_error_of_the_data_knows_its_field(tmp_path, changes, field, message):
+    from dataclasses import replace
+
+    from tiny_run import tiny_config
+
+    write_series(tmp_path)
+    data = tiny_config(tmp_path).data
+    assert "240 rows" in check_data(data).summary
+    found = check_data(replace(data, **changes))
+    assert (found.field, found.summary) == (field, "")
+    assert message in found.error
+
+
+def test_the_run_that_starts_is_the_one_that_is_set(tmp_path):
+    from ldm4ts_kernels.runs import plan
+
+    panel = PanelState(tmp_path, estimates=Estimates(tmp_path / "cache"))
+    settings = panel.settings
+    settings.attention, settings.batch_size, settings.image_size = "sage", 3, 96
+    settings.horizons, settings.steps, settings.gradient_checkpointing = "1-3", 7, False
+    config = plan({**settings.run_options(str(tmp_path / "x")), "device": "cpu"})
+    assert (config.attention_backend, config.batch_size, config.steps) == ("sage", 3, 7)
+    assert config.model_fields == {"image_size": [96, 96]}
+    assert config.data.horizons == (1, 2, 3) and config.checkpointing == "none"
+    assert asdict(config)["data"]["name"] == "sp500"
