@@ -37,6 +37,9 @@ def write_rows(name: str, rows: Iterable[Mapping[str, object]]) -> Path:
     return path
 
 
+SECONDS = 0.5  # a measurement takes about that long at most, of 5 repeats at least
+
+
 def device_ms(function: Callable[[], object], repeats: int = 30) -> float:
     """Return the median device time of a call, by replay of a CUDA graph of it.
 
@@ -53,16 +56,20 @@ def device_ms(function: Callable[[], object], repeats: int = 30) -> float:
     with torch.cuda.graph(graph):
         for _ in range(calls):
             function()
-    graph.replay()
-    return statistics.median(_event_ms(graph.replay) for _ in range(repeats)) / calls
+    return _median_ms(graph.replay, repeats) / calls
 
 
 def eager_ms(function: Callable[[], object], repeats: int = 30) -> float:
     """Return the median time of one eager call, host included."""
-    for _ in range(3):
+    for _ in range(2):
         function()
+    return _median_ms(function, repeats)
+
+
+def _median_ms(function: Callable[[], object], repeats: int) -> float:
     torch.cuda.synchronize()
-    return statistics.median(_event_ms(function) for _ in range(repeats))
+    most = int(1e3 * SECONDS / max(_event_ms(function), 1e-3))
+    return statistics.median(_event_ms(function) for _ in range(max(5, min(repeats, most))))
 
 
 def _event_ms(function: Callable[[], object]) -> float:

@@ -62,6 +62,7 @@ def flex() -> Callable[..., Tensor]:
 def contenders() -> dict[str, Callable[..., Tensor]]:
     """Return the peers, and each of our backends by name."""
     peers: dict[str, Callable[..., Tensor]] = {
+        "sdpa": F.scaled_dot_product_attention,  # as torch chooses
         "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
         "sdpa efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),

@@ -121,12 +121,14 @@ TABLES = {
 # dim) → row, None where pointers are faster. A row that ends in True specialises its warps; the
 # second table has what stands in for it. NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-23, bf16, by
 #     python -m benchmarks.tune --head-dim 40 64 80 128 160 --length 4096
+# and, of INT8, --stage int8_forward --head-dim 64 128.
 TMA = {
     "forward": {48: (128, 64, 4, 3), 64: (64, 128, 4, 2), 96: (128, 64, 4, 3),
                 160: (128, 128, 4, 2, True)},
     "key_gradient": {48: None, 64: (128, 64, 4, 2), 96: None, 128: (64, 64, 4, 2),
                      160: (32, 64, 4, 3)},
     "query_gradient": {64: (128, 64, 8, 3), 96: (64, 64, 4, 3), 160: (128, 64, 8, 3)},
+    "int8_forward": {48: None, 128: (64, 128, 4, 2)},
 }  # fmt: skip
 UNSPECIALISED = {128: (64, 64, 4, 3), 160: (128, 32, 4, 3)}
 TMA_HEAD_DIM = 40  # at least
