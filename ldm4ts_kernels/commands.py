@@ -165,6 +165,12 @@ OptimizerInBackward = Annotated[
         "Optimisation",
     ),
 ]
+CacheLatents = Annotated[
+    bool | None,
+    _option(
+        "--cache-latents/--no-cache-latents", "Encode each window once (default: on).", "Memory"
+    ),
+]
 OffloadActivations = Annotated[
     bool | None,
     _option(
@@ -246,6 +252,7 @@ def train_command(
     weights: Weights = None,
     optimizer_in_backward: OptimizerInBackward = None,
     offload_activations: OffloadActivations = None,
+    cache_latents: CacheLatents = None,
     validate_every: ValidateEvery = None,
     eval_windows: EvalWindows = None,
     eval_samples: EvalSamples = None,

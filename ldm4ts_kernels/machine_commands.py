@@ -121,6 +121,13 @@ def estimate_command(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing")
     ] = False,
+    checkpointing: Annotated[
+        str | None,
+        typer.Option("--checkpointing", help="none, full, selective: the same, by mode."),
+    ] = None,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adamw8bit.")] = "adamw",
+    weights: Annotated[str, typer.Option("--weights", help="fp32, bf16.")] = "fp32",
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Parts of a batch.")] = 1,
     image_size: Pixels = None,
     preset: Model = "guide",
     precision: Annotated[str, typer.Option("--precision", help="fp32, bf16.")] = "fp32",
@@ -133,7 +140,16 @@ def estimate_command(
     size = None if image_size is None else (image_size, image_size)
     try:
         estimate = estimate_vram_usage(
-            batch_size, backend, gradient_checkpointing, size, preset, precision, part
+            batch_size,
+            backend,
+            checkpointing or gradient_checkpointing,
+            size,
+            preset,
+            precision,
+            part,
+            optimizer=optimizer,
+            weights=weights,
+            accumulate=accumulate,
         )
     except ValueError as error:
         raise OptionError(f"{error}") from error

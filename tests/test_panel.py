@@ -26,8 +26,11 @@ from ldm4ts_kernels.vram import GIB, estimate_vram_usage
 def total_of(arguments: dict[str, object], batch: int) -> float:
     """Return a made-up estimate in GiB: default attention and large batches take more."""
     default = 4 if arguments["backend"] == "default" else 1
-    kept = 0.25 if arguments["gradient_checkpointing"] else 1.0
-    return 2 + batch * default * kept
+    kept = {"full": 0.25, "selective": 0.5, "none": 1.0}[arguments["gradient_checkpointing"]]
+    return (1 if arguments["optimizer"] == "adamw8bit" else 2) + batch * default * kept
+
+
+KEYS = {"backend": "flash", "gradient_checkpointing": "full", "optimizer": "adamw"}
 
 
 class FakeWorker:
@@ -103,6 +106,11 @@ def test_the_estimate_follows_every_control(tmp_path):
             await settle(user, "total", "3.00 GiB")
             settings.batch_size = 8
             await settle(user, "total", "4.00 GiB")
+            settings.checkpointing = "selective"
+            await settle(user, "total", "6.00 GiB")
+            settings.optimizer = "adamw8bit"
+            await settle(user, "total", "5.00 GiB")
+            settings.optimizer = "adamw"
             settings.gradient_checkpointing = False
             await settle(user, "total", "10.00 GiB")
             settings.attention = "default"
@@ -186,7 +194,7 @@ def test_the_answer_is_that_of_the_function():
 
 def test_an_answer_is_kept_for_the_next_start(tmp_path):
     async def body() -> None:
-        question = Question("estimate", (("backend", "flash"), ("gradient_checkpointing", True)))
+        question = Question("estimate", tuple(sorted(KEYS.items())))
         first, second = Estimates(tmp_path), Estimates(tmp_path)
         first.worker, second.worker = FakeWorker(), FakeWorker()
         both = await asyncio.gather(first.ask(question), first.ask(question))

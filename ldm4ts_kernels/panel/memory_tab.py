@@ -15,6 +15,8 @@ from ldm4ts_kernels.vram import LARGEST_BATCH, PRECISIONS
 
 CHAIN_OF = {"sage": "int8", "flash": "exact", "auto": "exact"}
 PRESETS = {"guide": "guide (142 M U-Net, 224 px)", "paper": "paper (small, 64 px)"}
+MODES = {"full": "full: recompute each block", "selective": "selective: keep attention"}
+OPTIMIZER_LABELS = {"adamw": "AdamW", "adamw8bit": "AdamW, 8-bit states (torchao)"}
 GOOD = "text-green-700 dark:text-green-400"
 BAD = "text-red-700 dark:text-red-400"
 PLAIN = "text-neutral-600 dark:text-neutral-400"
@@ -47,15 +49,23 @@ class MemoryTab:
             choice("Precision", self.settings, "precision", list(PRECISIONS)).on_value_change(
                 self.refresh
             )
+            choice("Optimizer", self.settings, "optimizer", OPTIMIZER_LABELS).on_value_change(
+                self.refresh
+            )
             for label, name, options in (
                 ("Batch size", "batch_size", {"min": 1, "max": LARGEST_BATCH, "step": 1}),
                 ("Image size (px)", "image_size", {"min": 16, "max": 1024, "step": 16}),
                 ("Card (GB of VRAM)", "card_gb", {"min": 1, "max": 512, "step": 1}),
             ):
                 number(label, self.settings, name, **options).on_value_change(self.refresh)
-        checkpointing = ui.switch("Gradient checkpointing").mark("gradient_checkpointing")
-        checkpointing.bind_value(self.settings, "gradient_checkpointing")
-        checkpointing.on_value_change(self.refresh)
+        with ui.row().classes("w-full gap-3 items-center"):
+            checkpointing = ui.switch("Gradient checkpointing").mark("gradient_checkpointing")
+            checkpointing.bind_value(self.settings, "gradient_checkpointing")
+            checkpointing.on_value_change(self.refresh)
+            mode = choice("Mode", self.settings, "checkpointing", MODES)
+            mode.on_value_change(self.refresh).bind_enabled_from(
+                self.settings, "gradient_checkpointing"
+            )
         self.availability = ui.label().classes("text-sm").mark("availability")
         with ui.expansion("Attention backends of this machine").classes("w-full") as expansion:
             expansion.mark("backends")
@@ -129,7 +139,11 @@ class MemoryTab:
     def _show(self, estimate: dict[str, Any]) -> None:
         total, saved = estimate["total_estimated_gb"], estimate["savings_vs_default_pct"]
         card_gb = self.settings.card_gb
-        active = estimate["gradient_checkpointing"] or estimate["backend"] != "default"
+        active = (
+            estimate["backend"] != "default"
+            or estimate["gradient_checkpointing"] != "none"
+            or estimate["optimizer"] != "adamw"
+        )
         said = f"{saved:.0f} % below default attention without checkpointing" if active else (
             "No optimisation is active"
         )  # fmt: skip
@@ -189,6 +203,8 @@ class MemoryTab:
             "attention": found["attention_backend"],
             "precision": found["precision"],
             "gradient_checkpointing": found["gradient_checkpointing"],
+            "checkpointing": "full",  # what is recommended, as
+            "optimizer": "adamw",  # `recommend` considers no others
             "batch_size": batch,
             "card_gb": card_gb or self.settings.card_gb,
         }

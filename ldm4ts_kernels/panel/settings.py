@@ -51,13 +51,18 @@ class Settings:
         """Return the batch size. Raises OptionError for an empty field or one out of range."""
         return _whole("batch_size", self.batch_size, 1, LARGEST_BATCH)
 
+    def mode(self) -> str:
+        """Return the mode of gradient checkpointing; "none" where the switch is off."""
+        return self.checkpointing if self.gradient_checkpointing else "none"
+
     def estimate_question(self) -> Question:
         """Return what to ask for the estimate. Raises OptionError for a field that is empty."""
         return about_estimate(
             preset=self.preset,
             backend="default" if self.attention == "default" else "flash",
-            gradient_checkpointing=bool(self.gradient_checkpointing),
+            gradient_checkpointing=self.mode(),
             precision=self.precision,
+            optimizer=self.optimizer,
             image_size=self._pixels(),
         )
 
@@ -96,7 +101,7 @@ class Settings:
             "data": data,
             "preset": self.preset,
             "attention_backend": self.attention,
-            "checkpointing": self.checkpointing if self.gradient_checkpointing else "none",
+            "checkpointing": self.mode(),
             "optimizer": self.optimizer,
             "precision": self.precision,
             "batch_size": self.batch(),

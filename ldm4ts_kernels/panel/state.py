@@ -50,7 +50,7 @@ class PanelState:
         arguments = dict(question.arguments)
         for precision in ("fp32", "bf16"):
             for backend in ("flash", "default"):
-                for checkpointing in (True, False):
+                for checkpointing in ("full", "none"):
                     levers = {
                         "precision": precision,
                         "backend": backend,
@@ -66,8 +66,9 @@ class PanelState:
         question = about_estimate(
             preset=config.preset,
             backend="default" if config.attention_backend == "default" else "flash",
-            gradient_checkpointing=config.checkpointing != "none",
+            gradient_checkpointing=config.checkpointing,
             precision=config.precision,
+            optimizer=config.optimizer,
             image_size=tuple(size or LDM4TSConfig.image_size),
         )
         known = self.estimates.look_up(question)
