@@ -22,7 +22,9 @@ def environment() -> dict[str, str]:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    command = " ".join(["pytest", *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    run = f"python -m benchmarks.{script.stem}" if script.parent.name == "benchmarks" else "pytest"
+    command = " ".join([run, *sys.argv[1:]])
     return {"gpu": gpu, "versions": ", ".join(versions), "command": command}
 
 

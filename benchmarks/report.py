@@ -1,4 +1,4 @@
-"""Write the README's tables from results/*.csv, between its markers: python -m benchmarks.report
+"""Write the pages' tables from results/*.csv, between their markers: python -m benchmarks.report
 
 `<!-- table: NAME -->` opens a table and `<!-- end -->` closes it; what stands between is replaced.
 With --check nothing is written, and a table that differs is an error.
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benchmarks.measure import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
 Rows = list[dict[str, str]]
 
 
@@ -70,12 +71,60 @@ def vram_accuracy(rows: Rows) -> list[str]:
     return [*lines, "", measured + "`python -m benchmarks.vram_accuracy --measure`.*"]
 
 
+def attention_speed(rows: Rows) -> list[str]:
+    """One line a shape: device ms of both passes by backend, and FlashAttention-2 ÷ ours."""
+    times = {(row["shape"], row["backend"], row["pass"]): row["device_ms"] for row in rows}
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    names = [
+        name
+        for name in dict.fromkeys(row["backend"] for row in rows)
+        if any(times.get((shape, name, "forward")) for shape in shapes)
+    ]
+    lines = [f"| B, H, N_q, N_k, D | {' | '.join(names)} | FA2 ÷ triton | FA2 ÷ native |"]
+    lines += ["|---" * (len(names) + 3) + "|"]
+    passes = ("forward", "forward+backward")
+    for shape in shapes:
+        cells = [[times.get((shape, name, each)) or "–" for each in passes] for name in names]
+        texts = [" / ".join(cell) for cell in cells]
+        flash = cells[names.index("sdpa flash")]
+        ratios = []
+        for name in ("triton", "native"):
+            ours = cells[names.index(name)] if name in names else ["–", "–"]
+            pairs = zip(flash, ours, strict=True)
+            ratios.append(
+                " / ".join(
+                    f"{float(a) / float(b):.2f}" if "–" not in (a, b) else "–" for a, b in pairs
+                )
+            )
+        lines.append(f"| {' | '.join([shape, *texts, *ratios])} |")
+    return [*lines, "", source(rows)]
+
+
+def _ratio(theirs: str, ours: str) -> str:
+    return "–" if "–" in (theirs, ours) else f"{float(theirs) / float(ours):.2f}"
+
+
+def accuracy(rows: Rows) -> list[str]:
+    """One line a head dim, deviation and backend, in bf16: relative L2 and cosine."""
+    names = ("out", "dq", "dk", "dv")
+    lines = [f"| D | σ | backend | {' | '.join(f'{name}: L2, cosine' for name in names)} |"]
+    lines += ["|---" * (len(names) + 3) + "|"]
+    for row in rows:
+        if row["dtype"] == "bf16":
+            cells = [f"{row[f'{name}_l2']}, {row[f'{name}_cosine']}" for name in names]
+            head = (row["head_dim"], row["deviation"], row["backend"])
+            lines.append(f"| {' | '.join([*head, *cells])} |")
+    return [*lines, "", source(rows)]
+
+
 def source(rows: Rows) -> str:
     """Say where a table's figures come from."""
     return f"*{rows[0]['gpu']}; {rows[0]['versions']}; `{rows[0]['command']}`.*"
 
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
+    "accuracy": accuracy,
+    "attention_speed": attention_speed,
     "kept_activations": kept_activations,
     "vram_accuracy": vram_accuracy,
 }
@@ -92,15 +141,16 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    """Fill the README, or check that it is filled."""
+    """Fill the pages, or check that they are filled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     checks = parser.parse_args().check
-    before = README.read_text()
-    after = fill(before)
-    if checks and after != before:
-        sys.exit("README.md does not show benchmarks/results; run python -m benchmarks.report")
-    README.write_text(after)
+    for page in PAGES:
+        before = page.read_text()
+        after = fill(before)
+        if checks and after != before:
+            sys.exit(f"{page.name} does not show benchmarks/results: python -m benchmarks.report")
+        page.write_text(after)
 
 
 if __name__ == "__main__":

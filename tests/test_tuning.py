@@ -14,7 +14,7 @@ from benchmarks.resources import SHARED_LIMIT_KIB
 from ldm4ts_kernels.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("forward", "key_gradient", "query_gradient", "one_block")
+STAGES = tuple(tuning.TABLES)
 
 
 def test_a_head_dim_is_covered_by_two_powers_of_two():
@@ -40,6 +40,21 @@ def test_every_head_dim_length_and_dtype_has_a_tile(stage, capability):
                 config = tuning.choose(stage, head_dim, itemsize, key_length, capability)
                 assert config.block_q >= 16
                 assert config.block_k >= 16
+
+
+def test_tensor_maps_serve_long_rows_and_specialised_warps_whole_blocks_alone():
+    assert tuning.choose_tma("forward", 16, 4096, True) is None
+    assert tuning.choose_tma("one_block", 64, 4096, True) is None
+    for head_dim in range(tuning.TMA_HEAD_DIM, 161):
+        whole = tuning.choose_tma("forward", head_dim, 4096, True)
+        assert whole is not None
+        assert whole.tma
+        assert whole.specialise == (tuning.SPECIALISES and head_dim > 96)
+        for key_length, plain in ((4097, True), (4096, False)):
+            other = tuning.choose_tma("forward", head_dim, key_length, plain)
+            assert other is not None
+            assert other.tma
+            assert not other.specialise
 
 
 def test_one_block_tiles_hold_all_keys():
