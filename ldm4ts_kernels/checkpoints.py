@@ -36,7 +36,7 @@ class Saveable(Protocol):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: names the file and why."""
+    """A checkpoint that cannot be read or written: names the file and why."""
 
 
 @dataclass(frozen=True, order=True)
@@ -101,27 +101,41 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
 ) -> Checkpoint:
-    """Write a checkpoint at position into directory, then delete all but the newest `keep`."""
+    """Write a checkpoint at position into directory, then delete all but the newest `keep`.
+
+    Raises CheckpointError where it cannot be written; those before it are then as they were.
+    """
     target = directory / str(position)
     if not target.exists():  # one that exists holds the same state: positions are never revisited
-        with directory_written_whole(target) as scratch:
-            (scratch / "model").mkdir()
-            model.save_pretrained(scratch / "model")
-            tensors = _flatten(optimizer.state_dict()["state"])
-            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(whole, scratch / "optimizer.safetensors")
-            generators, host_generators = _random_state()
-            save_file(generators, scratch / "random.safetensors")
-            state = {
-                "format": FORMAT,
-                "stage": position.stage,
-                "step": position.step,
-                "random": host_generators,
-            }
-            (scratch / "state.json").write_text(json.dumps(state))
+        try:
+            with directory_written_whole(target) as scratch:
+                _write(scratch, position, model, optimizer)
+        except (OSError, SafetensorError) as error:  # a full disk, most of all
+            whole = find_checkpoints(directory)
+            left = f"{whole[-1].path} is whole" if whole else "there is none before it"
+            raise CheckpointError(f"{target}: not written: {error}; {left}") from error
     for old in find_checkpoints(directory)[:-keep]:
         _delete_whole(old.path)
     return Checkpoint(target, position)
+
+
+def _write(
+    directory: Path, position: Position, model: Saveable, optimizer: torch.optim.Optimizer
+) -> None:
+    (directory / "model").mkdir()
+    model.save_pretrained(directory / "model")
+    tensors = _flatten(optimizer.state_dict()["state"])
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, directory / "optimizer.safetensors")
+    generators, host_generators = _random_state()
+    save_file(generators, directory / "random.safetensors")
+    state = {
+        "format": FORMAT,
+        "stage": position.stage,
+        "step": position.step,
+        "random": host_generators,
+    }
+    (directory / "state.json").write_text(json.dumps(state))
 
 
 def find_checkpoints(directory: Path) -> list[Checkpoint]:
