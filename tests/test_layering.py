@@ -27,6 +27,7 @@ LAYERS = (
     ("run_file", "training_log", "ladder"),
     ("training",),
     ("forecasting", "progress", "doctor", "bench"),
+    ("estimator",),
     ("panel",),
     ("commands",),
     ("machine_commands",),
