@@ -67,16 +67,22 @@ class CudaGraphs:
                 run()
         except RuntimeError as error:
             generator.graphsafe_set_state(before)
-            self._abandon_pool()
+            self._abandon(graph)
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise CaptureError(_first_reason(error)) from error
         return graph.replay
 
-    def _abandon_pool(self) -> None:
-        """Stop the allocator's routing into the pool, which a broken capture leaves on."""
-        with suppress(RuntimeError):  # it was stopped already
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Give back the pool of a broken capture, which the allocator still fills and holds."""
+        with suppress(RuntimeError):
+            graph.pool()
+            return  # the capture had ended: the graph gives its pool back itself
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # ended already
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+        with suppress(RuntimeError):
+            torch._C._cuda_releasePool(device, self.pool)
         self.pool = torch.cuda.graph_pool_handle()
 
 
