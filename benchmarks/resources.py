@@ -35,7 +35,7 @@ from ldm4ts_kernels.kernels import (
 from ldm4ts_kernels.kernels.problem import Problem
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
-HEAD_DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
+HEAD_DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256, 512)
 SHARED_LIMIT_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
 MODULES = (flash_forward, flash_backward, quantize, int8_forward, int8_backward)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -188,7 +188,7 @@ def measure(problem: Problem, capability: tuple[int, int]) -> Iterator[Resources
     """Yield the resources of each kernel that a forward and backward of `problem` launches."""
     problem = problem._replace(capability=capability)
     launches = list(record_launches(launch_exact, problem))
-    if problem.dtype.itemsize == 2:
+    if problem.dtype.itemsize == 2 and problem.head_dim <= 256:
         launches += record_launches(launch_int8, problem)
     for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, capability)
@@ -237,7 +237,8 @@ def main() -> None:
     for capability in [(int(name[:-1]), int(name[-1])) for name in options.capability]:
         for head_dim in options.head_dim:
             problems = [problem_of(head_dim, key_length) for key_length in (77, 4096)]
-            problems += [problem_of(head_dim, 4096, torch.float32)]
+            if head_dim <= 256:  # float32 goes no further
+                problems += [problem_of(head_dim, 4096, torch.float32)]
             problems += [problem._replace(mask=2) for problem in problems[1:]]
             for row in (row for problem in problems for row in measure(problem, capability)):
                 if row not in rows:  # both precisions launch the kernel of delta

@@ -122,6 +122,14 @@ def _flash_attn4_keywords() -> frozenset[str]:
     return frozenset(inspect.signature(flash_attn_func).parameters)
 
 
+def _triton_head_dim(call: Call) -> str | None:
+    largest = 256 if call.dtype == torch.float32 else 512
+    if call.head_dim <= largest:
+        return None
+    dtype = str(call.dtype).removeprefix("torch.")
+    return f"takes head dims up to {largest} in {dtype}, got {call.head_dim}"
+
+
 def _no_keys(call: Call) -> str | None:
     return "needs at least one key" if call.key_length == 0 else None
 
@@ -292,10 +300,9 @@ TRITON = Backend(
     Requires(
         module="triton",
         dtypes=HALF_OR_SINGLE,
-        max_head_dim=256,
         unequal_head_dims=False,
         any_stride=False,
-        extra=(_triton_device, _no_keys, _no_queries),
+        extra=(_triton_device, _triton_head_dim, _no_keys, _no_queries),
     ),
     _triton,
     declines=_declines_triton,

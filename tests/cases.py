@@ -35,11 +35,13 @@ SMALL = [
     Shape(1, 1, 1, 20, 70, 256),
 ]
 # After flash-attention's own tests: every head dim, ragged and equal lengths, real batches.
+LENGTHS = ((113, 203), (1023, 1024), (1, 1), (784, 784), (784, 77), (2048, 1000))
 LARGE = [
     Shape(2, 4, 4, q, k, d)
     for d in (1, 16, 24, 40, 59, 64, 80, 96, 111, 128, 160, 192, 256)
-    for q, k in ((113, 203), (1023, 1024), (1, 1), (784, 784), (784, 77), (2048, 1000))
+    for q, k in LENGTHS
 ] + [Shape(2, 8, g, 500, 700, 64) for g in (1, 2)]
+AUTOENCODER = [Shape(2, 1, 1, q, k, 512) for q, k in LENGTHS]  # its single head of all channels
 
 
 def draw(

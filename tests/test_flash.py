@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from ldm4ts_kernels import reference
 from ldm4ts_kernels.kernels.flash import flash_attention
 from tests.assertions import assert_as_accurate_as, cancelled_terms
-from tests.cases import LARGE, SMALL, Shape, draw
+from tests.cases import AUTOENCODER, LARGE, SMALL, Shape, draw
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -63,9 +63,20 @@ def test_output_and_gradients_are_as_accurate_as_plain_torch(shape, dtype, devic
     compare(draw(shape, dtype, device), {})
 
 
+@pytest.mark.parametrize(
+    "shape", [Shape(1, 1, 1, 20, 40, 512), Shape(1, 1, 1, 9, 30, 320)], ids=str
+)
+def test_head_dims_past_256_are_as_accurate_as_plain_torch(shape, device, poison):
+    compare(draw(shape, torch.float16, device), {})
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(shape, dtype) for shape in [*LARGE, *AUTOENCODER] for dtype in DTYPES[1:]]
+    + [(shape, torch.float32) for shape in LARGE if shape.D in (24, 64, 160)],
+    ids=str,
+)
 def test_large_shapes_are_as_accurate_as_plain_torch(shape, dtype, device, poison):
     compare(draw(shape, dtype, device), {})
 

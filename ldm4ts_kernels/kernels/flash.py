@@ -237,8 +237,8 @@ def flash_attention(
     """Compute softmax(scale · query @ keyᵀ + attn_mask) @ value, exactly and differentiably.
 
     Args:
-        query, key, value: float16, bfloat16 or float32; D from 1 to 256, stride 1 in the last
-            dimension, others free. H is a multiple of G.
+        query, key, value: float16, bfloat16 or float32; D from 1 to 512 (float32: 256), stride 1
+            in the last dimension, others free. H is a multiple of G.
         attn_mask: bool (True attends) or floating (added); its gradient costs (B, H, Q, K) float32.
         dropout_p: probability of dropping a weight; `seed` fixes which, and is drawn when None.
         is_causal, bottom_right, window, softcap, scale: as `reference.attention` defines them.
