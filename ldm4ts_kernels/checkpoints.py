@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 from ldm4ts_kernels.optimizers import make_states
 
 FORMAT = "ldm4ts checkpoint 1"
+AVERAGE = "average.safetensors"  # where the run averages its weights
 STAGES = ("autoencoder", "forecaster")  # in the order of training
 
 
@@ -100,6 +101,7 @@ def save_checkpoint(
     model: Saveable,
     optimizer: torch.optim.Optimizer,
     keep: int,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint at position into directory, then delete all but the newest `keep`.
 
@@ -110,6 +112,8 @@ def save_checkpoint(
         try:
             with directory_written_whole(target) as scratch:
                 _write(scratch, position, model, optimizer)
+                if average:
+                    save_file(dict(average), scratch / AVERAGE)
         except (OSError, SafetensorError) as error:  # a full disk, most of all
             whole = find_checkpoints(directory)
             left = f"{whole[-1].path} is whole" if whole else "there is none before it"
@@ -180,6 +184,12 @@ def restore_training_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimi
     for key, value in saved.items():
         present[key].copy_(value)
     _restore_random_state(_read_tensors(checkpoint.path / "random.safetensors"), state["random"])
+
+
+def read_average(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
+    """Return the average of the weights, None where the run had none; CheckpointError if cut."""
+    path = checkpoint.path / AVERAGE
+    return _read_tensors(path) if path.exists() else None
 
 
 def _flatten(state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """AdamW as a run may want it: in one launch, with 8-bit states, or within the backward pass."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+FINAL_LEARNING_RATE = 0.1  # of the cosine's start
 OPTIMIZERS = ("adamw", "adamw8bit")
 
 
@@ -72,6 +74,16 @@ def _build_8bit(groups: Any, rate: Any, weight_decay: float) -> torch.optim.Opti
                 state["step"] = state["step"].to(parameter.device)
 
     return _AdamW8bit(groups, lr=rate, weight_decay=weight_decay, bf16_stochastic_round=True)
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int) -> float:
+    """Return the rate of optimizer step `step` (from 1): linear warm-up, then a cosine to 0.1."""
+    warmup = min(warmup_steps, steps // 10)
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -113,6 +113,7 @@ class TrainConfig:
     warmup_steps: int = 20
     weight_decay: float = 1e-2
     gradient_clip: float = 1.0  # largest norm of all gradients together; 0 for none
+    ema_decay: float = 0.0  # a step, of the average that is scored and kept; 0: the weights are
     autoencoder_steps: int = 150
     autoencoder_learning_rate: float = 2e-3
     # The bookkeeping, in steps
@@ -144,6 +145,7 @@ class TrainConfig:
 
     def _contradictions(self) -> Iterator[tuple[str, bool, str]]:
         """Yield the options that another one excludes: name, whether it does, what to choose."""
+        yield "ema_decay", not 0 <= self.ema_decay < 1, "a number from 0 to less than 1"
         yield (
             "accumulate",
             self.batch_size % self.accumulate != 0,

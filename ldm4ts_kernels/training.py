@@ -24,12 +24,14 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ldm4ts_kernels.averages import WeightAverage
 from ldm4ts_kernels.batches import EncodedWindows, SeededBatches
 from ldm4ts_kernels.checkpoints import (
     STAGES,
     Position,
     directory_written_whole,
     find_checkpoints,
+    read_average,
     restore_training_state,
     save_checkpoint,
     write_text_whole,
@@ -42,6 +44,7 @@ from ldm4ts_kernels.ladder import LadderedStep
 from ldm4ts_kernels.model import LDM4TSModel
 from ldm4ts_kernels.optimizers import (
     build_optimizer,
+    learning_rate_at,
     missing_8bit,
     set_learning_rate,
     step_in_backward,
@@ -70,7 +73,6 @@ logger = logging.getLogger("ldm4ts_kernels")
 
 FREEZING_WINDOWS = 64  # training windows whose latents set the autoencoder's scale
 LARGEST_CACHE = 4 * GIB  # bytes of latents in the host's memory
-FINAL_LEARNING_RATE = 0.1  # of the cosine's start
 
 
 class TrainingInterrupted(Exception):
@@ -145,8 +147,9 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
             spaced = torch.linspace(0, len(splits.train) - 1, FREEZING_WINDOWS).long().unique()
             windows = [splits.train[index]["history"] for index in spaced.tolist()]
             model.freeze_autoencoder(torch.stack(windows))
-        _run_stage(job, "forecaster")
-        test = _finish(job)
+        average = _run_stage(job, "forecaster")
+        with average.applied():
+            test = _finish(job)
     return TrainResult(run.directory, test, time.perf_counter() - started)
 
 
@@ -177,7 +180,7 @@ def _build_model(config: TrainConfig, series: Series, run: Run) -> LDM4TSModel:
     return LDM4TSModel.from_pretrained(run.checkpoint.model_path, **options)
 
 
-def _run_stage(job: _Job, stage: str) -> None:
+def _run_stage(job: _Job, stage: str) -> WeightAverage:
     """Take a stage's remaining optimizer steps, from the run's checkpoint if it has one here."""
     config, model, checkpoint = job.config, job.model, job.run.checkpoint
     first_stage = stage == STAGES[0]
@@ -201,8 +204,11 @@ def _run_stage(job: _Job, stage: str) -> None:
         "adamw" if first_stage else config.optimizer,
         one_by_one=in_backward,
     )
+    average = WeightAverage(parameters, 0.0 if first_stage else config.ema_decay)
     if checkpoint is not None and resuming:
         restore_training_state(checkpoint, optimizer)
+        if (averaged := read_average(checkpoint)) is not None:
+            average.restore(averaged)
     if in_backward:
         step_in_backward(optimizer)
     loss = job.accelerator.prepare(StageLoss(model, stage))
@@ -216,9 +222,11 @@ def _run_stage(job: _Job, stage: str) -> None:
             rate = learning_rate_at(step, steps, peak, config.warmup_steps)
             set_learning_rate(optimizer, rate)
             log.add(step, rate, take_step(batch))
-            _keep_books(job, log, stage, step, steps, optimizer)
+            average.update(step)
+            _keep_books(job, log, stage, step, steps, optimizer, average)
         take_step.step.forget()
     job.accelerator.free_memory()
+    return average
 
 
 def _encode_once(job: _Job, batches: SeededBatches) -> Dataset[dict[str, Tensor]]:
@@ -284,18 +292,14 @@ def _change_levers(job: _Job, config: TrainConfig) -> None:
     job.run.write_config(config)
 
 
-def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int) -> float:
-    """Return the rate of optimizer step `step` (from 1): linear warm-up, then a cosine to 0.1."""
-    warmup = min(warmup_steps, steps // 10)
-    if step <= warmup:
-        return peak * step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
-
-
 def _keep_books(
-    job: _Job, log: StepLog, stage: str, step: int, steps: int, optimizer: torch.optim.Optimizer
+    job: _Job,
+    log: StepLog,
+    stage: str,
+    step: int,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
 ) -> None:
     """After a step: validate, log and checkpoint when it is time to, and stop when asked to."""
     config = job.config
@@ -304,7 +308,7 @@ def _keep_books(
     validation = None
     if stage == "forecaster" and (last or step % config.validate_every == 0):
         log.check_finite()
-        with log.clock_stopped():
+        with log.clock_stopped(), average.applied():
             validation = _validate(job)
     if saving or validation or step % config.log_every == 0 or job.stop.requested:
         job.report(log.flush(validation))
@@ -312,7 +316,12 @@ def _keep_books(
         position = Position.at(stage, step)
         with log.clock_stopped():
             save_checkpoint(
-                job.run.checkpoints, position, job.model, optimizer, keep=config.keep_checkpoints
+                job.run.checkpoints,
+                position,
+                job.model,
+                optimizer,
+                config.keep_checkpoints,
+                average.tensors(),
             )
     job.raise_if_stopped()
 

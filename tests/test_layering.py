@@ -21,7 +21,7 @@ LAYERS = (
     ("acceleration", "diffusers_integration"),
     ("model",),
     ("model_memory",),
-    ("vram", "data", "metrics", "batches"),
+    ("vram", "data", "metrics", "averages", "batches"),
     ("checkpoints", "process", "budget"),
     ("runs", "evaluation", "plots", "training_step"),
     ("run_file", "training_log", "ladder"),

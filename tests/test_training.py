@@ -217,6 +217,22 @@ def test_levers_of_memory_leave_a_run_as_it_is(tmp_path, whole_run, levers):
     assert first == expected if exact else len(first) == len(expected)
 
 
+def test_the_averaged_weights_are_scored_and_kept_and_resumed(tmp_path):
+    options = {"steps": 20, "checkpoint_every": 10, "validate_every": 20, "ema_decay": 0.9}
+    unbroken = tiny_config(tmp_path, "unbroken", **options)
+    train(unbroken)
+    broken = tiny_config(tmp_path, data=unbroken.data, **options)
+    with pytest.raises(TrainingInterrupted):
+        train(broken, stop_at("forecaster", 13))
+    train(replace(broken, resume=True))
+    expected, got = weights(unbroken.output), weights(broken.output)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    last = Path(unbroken.output, "checkpoints", "forecaster-20")
+    raw = weights(last)["unet.conv_in.weight"]
+    assert not torch.equal(raw, expected["unet.conv_in.weight"])
+    assert (last / "average.safetensors").exists()
+
+
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_reports_its_peak_and_resumes(tmp_path):
     options = {"device": "cuda", "precision": "bf16", "checkpointing": "full"}
