@@ -45,10 +45,6 @@ def package_folder(name: str) -> Path | None:
     return Path(outside.stdout.strip()) if outside.returncode == 0 else None
 
 
-def find_program(name: str, *first: Path) -> str | None:
-    return shutil.which(name, path=os.pathsep.join([*map(str, first), *os.get_exec_path()]))
-
-
 def arch_flags() -> str:
     chosen = os.environ.get("LDM4TS_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
     flags = []
@@ -66,8 +62,10 @@ def build_library() -> str | None:
     """Bring BUILD/_C.so up to date; return the reason where that cannot be."""
     wheels = package_folder("nvidia")
     homes = [Path(os.environ["CUDA_HOME"], "bin")] if "CUDA_HOME" in os.environ else []
-    nvcc = find_program("nvcc", *homes, *(wheels.glob("cu*/bin") if wheels else []))
-    ninja, torch = find_program("ninja", Path(sys.executable).parent), package_folder("torch")
+    homes += [*(wheels.glob("cu*/bin") if wheels else []), Path(sys.executable).parent]
+    path = os.pathsep.join([*map(str, homes), *os.get_exec_path()])
+    nvcc, ninja = (shutil.which(name, path=path) for name in ("nvcc", "ninja"))
+    torch = package_folder("torch")
     if sys.platform != "linux" or not nvcc or not ninja:
         return "they need Linux, ninja, and nvcc in CUDA_HOME, on PATH or in nvidia-cuda-nvcc"
     if not torch or not (torch / "include/torch/csrc/stable/ops.h").exists():
@@ -82,8 +80,8 @@ def build_library() -> str | None:
             lines += [f"build {objects[-1]}: compile {source}"]
             lines += [f"  defines = -DLDM_HEAD_DIM={dim}"] if dim else []
     BUILD.mkdir(parents=True, exist_ok=True)
-    link = f"build _C.so: link {' '.join(objects)}\n"
-    (BUILD / "build.ninja").write_text("\n".join([*lines, link]))
+    lines += [f"build _C.so: link {' '.join(objects)}", ""]
+    (BUILD / "build.ninja").write_text("\n".join(lines))
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
     failed = subprocess.run([ninja, "-C", str(BUILD), *jobs]).returncode
     return "ninja failed, and says why above (pip install -v shows it)" if failed else None
@@ -106,10 +104,6 @@ class BuildKernels(build_ext):
         shutil.copyfile(BUILD / "_C.so", target)
         BuildKernels.built = True
 
-    def copy_extensions_to_source(self) -> None:
-        if BuildKernels.built:
-            super().copy_extensions_to_source()
-
 
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
@@ -122,6 +116,6 @@ if MODE not in ("auto", "1", "0"):
 if MODE == "0":
     print("ldm4ts-kernels: pure Python, without compiled kernels: LDM4TS_BUILD_CUDA=0")
 setup(
-    ext_modules=[] if MODE == "0" else [Extension("ldm4ts_kernels._C", sources=[])],
+    ext_modules=[] if MODE == "0" else [Extension("ldm4ts_kernels._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )
