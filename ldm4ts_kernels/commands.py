@@ -194,6 +194,9 @@ WarmupSteps = Annotated[
 WeightDecay = Annotated[
     float | None, _option("--weight-decay", "Of AdamW", "Optimisation", "weight_decay")
 ]
+EmaDecay = Annotated[
+    float | None, _option("--ema-decay", "Of the weights' average", "Optimisation", "ema_decay")
+]
 GradientClip = Annotated[
     float | None, _option("--gradient-clip", "Largest norm", "Optimisation", "gradient_clip")
 ]
@@ -247,6 +250,7 @@ def train_command(
     warmup_steps: WarmupSteps = None,
     weight_decay: WeightDecay = None,
     gradient_clip: GradientClip = None,
+    ema_decay: EmaDecay = None,
     optimizer: Optimizer = None,
     accumulate: Accumulate = None,
     weights: Weights = None,

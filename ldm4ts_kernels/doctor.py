@@ -186,10 +186,7 @@ def _fix(row: Backend, trains: bool, passed_by: bool) -> str | None:
     """Return what makes the row serve: its installation, or asking for it by name."""
     if trains:
         return f'attention_fn(..., backend="{row.name}")' if passed_by else None
-    on_gpu = row.requires.device == "cuda"
-    if (on_gpu and not torch.cuda.is_available()) or not _is_missing(row.requires):
-        return None
-    return INSTALLS.get(row.name)
+    return INSTALLS.get(row.name) if _is_missing(row.requires) else None
 
 
 def _is_missing(requires: Requires) -> bool:

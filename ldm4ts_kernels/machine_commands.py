@@ -35,14 +35,13 @@ def doctor_command(as_json: Json = False) -> None:
             fixes[finding.fix] = None
     for backend in found.backends:
         _line(f"{_verdict(backend):<8} {backend.precision:<6} {_described(backend)}")
-        if backend.fix and not backend.trains:
+        if backend.fix and not backend.trains and torch.cuda.is_available():
             fixes[backend.fix] = None
     _line("")
-    _line(
-        "\n".join(["To mend or to add:", *(f"  {fix}" for fix in fixes)])
-        if fixes
-        else "Nothing to install."
-    )
+    if not torch.cuda.is_available():
+        _line("Every backend but sdpa needs an NVIDIA GPU, its driver, and a torch with CUDA.")
+    for fix in ["To mend or to add:", *fixes] if fixes else ["Nothing to install."]:
+        _line(fix)
 
 
 def _verdict(backend: BackendFinding) -> str:

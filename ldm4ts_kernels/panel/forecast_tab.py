@@ -104,6 +104,7 @@ class ForecastTab:
         with self.result:
             with card(made.title):
                 for target in range(len(made.names)):
+                    ui.label(made.names[target]).classes("text-sm font-medium")
                     ui.echart(fan_chart(made, target)).classes("w-full h-72").mark("fan")
             with ui.element("div").classes("w-full grid grid-cols-1 xl:grid-cols-2 gap-4"):
                 with card("Quantiles"):

@@ -14,7 +14,7 @@ from ldm4ts_kernels.panel.worker import WorkerError
 from ldm4ts_kernels.vram import LARGEST_BATCH, PRECISIONS
 
 CHAIN_OF = {"sage": "int8", "flash": "exact", "auto": "exact"}
-PRESETS = {"guide": "guide (142 M U-Net, 224 px)", "paper": "paper (small, 64 px)"}
+PRESETS = {"guide": "guide (142 M U-Net)", "paper": "paper (a small one)"}
 MODES = {"full": "full: recompute each block", "selective": "selective: keep attention"}
 OPTIMIZER_LABELS = {"adamw": "AdamW", "adamw8bit": "AdamW, 8-bit states (torchao)"}
 GOOD = "text-green-700 dark:text-green-400"
@@ -124,7 +124,7 @@ class MemoryTab:
         except WorkerError as error:
             self._say("–", f"{error}", BAD)
             return
-        if question == self.settings.estimate_question():
+        if not self.total.is_deleted and question == self.settings.estimate_question():
             self.refresh()
 
     def _say(self, total: str, verdict: str, color: str) -> None:
@@ -160,7 +160,8 @@ class MemoryTab:
         """Say the first settings that fit the card, as `ldm4ts recommend` finds them."""
         question = self.settings.card_question(card_gb, batch)
         found = await self.panel.estimates.ask(question)
-        if self.settings.card_gb != card_gb or self.settings.batch_size != batch:
+        now = self.settings.card_gb, self.settings.batch_size
+        if self.lever.is_deleted or now != (card_gb, batch):
             return  # the user went on
         if "nothing_fits" in found:
             self.lever.text = found["nothing_fits"]
@@ -184,7 +185,7 @@ class MemoryTab:
                 label.text = "tracing …"
                 button.set_enabled(False)
             found = await self.panel.estimates.ask(question)
-            if question != self.settings.card_question(card_gb):
+            if label.is_deleted or question != self.settings.card_question(card_gb):
                 return  # another model by now
             if "nothing_fits" in found:
                 label.text = found["nothing_fits"]

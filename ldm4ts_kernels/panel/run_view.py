@@ -39,6 +39,7 @@ class RunView:
             "text-sm text-red-700 dark:text-red-400 whitespace-pre-wrap break-words"
         )
         self.error.mark("run-error").props("role=alert")
+        self.curve_title = ui.label("Loss").classes("text-sm font-medium")
         self.chart = ui.echart({}).classes("w-full h-64").mark("loss")
         self.scores = ui.table(rows=[], columns=[]).props("dense flat bordered hide-bottom")
         self.scores.classes("w-full").mark("scores")
@@ -79,7 +80,7 @@ class RunView:
 
     def _draw(self, shown: RunState | None, state: str) -> None:
         self.facts.clear()
-        for element in (self.chart, self.scores):
+        for element in (self.curve_title, self.chart, self.scores):
             element.visible = False
         if shown is None:
             self.progress.value = 0
@@ -93,7 +94,7 @@ class RunView:
                 ui.label(value).mark(f"fact-{name}")
         curves = shown.curve("autoencoder"), shown.curve("forecaster")
         if any(curves):
-            self.chart.visible = True
+            self.chart.visible = self.curve_title.visible = True
             self.chart.options.clear()
             self.chart.options.update(loss_chart(*curves))
             self.chart.update()
