@@ -146,6 +146,10 @@ class Requires:
         return reasons
 
 
+# What a wheel raises that was built against other versions of what it imports.
+BROKEN_IMPORT = (ImportError, OSError, AttributeError, RuntimeError, TypeError, ValueError)
+
+
 def constant(function: Callable[..., R]) -> Callable[..., R]:
     """Compute once per arguments, and be a constant to Dynamo, which cannot trace an import."""
     cached = functools.cache(function)
@@ -164,7 +168,7 @@ def import_error(module: str) -> str | None:
     """Return why `module` does not import, or None. The only place where an import may fail."""
     try:
         importlib.import_module(module)
-    except (ImportError, OSError) as error:
+    except BROKEN_IMPORT as error:
         return f"{module} does not import: {error}"
     return None
 
