@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.measure import RESULTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "triton.md")
 Rows = list[dict[str, str]]
 
 
