@@ -39,7 +39,7 @@ def write_rows(name: str, rows: Iterable[Mapping[str, object]]) -> Path:
     return path
 
 
-SECONDS = 0.5  # a measurement takes about that long at most, of 5 repeats at least
+SECONDS = 0.25  # a measurement takes about that long at most, of 5 repeats at least
 
 
 def device_ms(function: Callable[[], object], repeats: int = 30) -> float:
@@ -53,7 +53,7 @@ def device_ms(function: Callable[[], object], repeats: int = 30) -> float:
         for _ in range(3):
             function()
     torch.cuda.synchronize()
-    calls = max(1, min(50, int(1.0 / max(eager_ms(function, 5), 1e-3))))
+    calls = max(1, min(50, int(1.0 / max(_event_ms(function), 1e-3))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
