@@ -16,9 +16,17 @@ class SeededBatches(Sampler[list[int]]):
     A step's batch depends on nothing drawn before it, so that a run can resume at any step.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, first: int, last: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        first: int,
+        last: int,
+        share: Callable[[list[int]], list[int]] = list,  # of a batch, what this process takes
+    ) -> None:
         self.size, self.seed, self.first, self.last = size, seed, first, last
-        self.batch_size = min(batch_size, size)
+        self.batch_size, self.share = min(batch_size, size), share
 
     def __len__(self) -> int:
         return max(0, self.last - self.first)
@@ -32,7 +40,7 @@ class SeededBatches(Sampler[list[int]]):
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 shuffled_epoch, order = epoch, torch.randperm(self.size, generator=generator)
             start = position * self.batch_size
-            yield order[start : start + self.batch_size].tolist()
+            yield self.share(order[start : start + self.batch_size].tolist())
 
 
 class EncodedWindows(Dataset[dict[str, Tensor]]):

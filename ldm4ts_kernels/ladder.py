@@ -33,6 +33,7 @@ def next_rung(config: TrainConfig, windows: int) -> tuple[TrainConfig, str] | No
 class LadderedStep:
     """Take steps; where one runs out of memory, take it again with the next lever.
 
+    alone: no other process takes a share of the step; with others, the error is left as it is.
     build makes a step of a configuration; changed is told each new one. A step that is taken again
     draws the same random numbers, so that a run is what it would have been with the lever on.
     """
@@ -42,8 +43,9 @@ class LadderedStep:
         config: TrainConfig,
         build: Callable[[TrainConfig], GraphedCall],
         changed: Callable[[TrainConfig], object],
+        alone: bool = True,
     ) -> None:
-        self.config, self.build, self.changed = config, build, changed
+        self.config, self.build, self.changed, self.alone = config, build, changed, alone
         self.step = build(config)
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,6 +54,8 @@ class LadderedStep:
             try:
                 return self.step(batch)
             except torch.OutOfMemoryError as error:
+                if not self.alone:  # the others are in the middle of the step
+                    raise
                 reason = f"{error}".partition("\n")[0]
             # Here, so that the error no longer holds the frames, and tensors, of the step.
             self._climb(len(batch["history"]), reason)

@@ -36,8 +36,6 @@ def accelerator_of_one_run(device: str, precision: str) -> Iterator[Accelerator]
             # A cached cast of a weight outlives the block that needs it, and a graph's capture.
             kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )
-        if accelerator.num_processes > 1:
-            raise RuntimeError("training runs in one process; start it without a launcher")
         yield accelerator
     finally:
         if ours:

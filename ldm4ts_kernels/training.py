@@ -2,7 +2,7 @@
 
 `train(TrainConfig(...))` runs a job from its data to its test scores. Resuming is the normal path:
 a run continues at its newest checkpoint, and on a CPU ends bit for bit where it would have without
-the break. One process, one device.
+the break. In one process, or in several that share each batch (`accelerate launch`).
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,6 +49,7 @@ from ldm4ts_kernels.optimizers import (
     set_learning_rate,
     step_in_backward,
 )
+from ldm4ts_kernels.peers import Peers
 from ldm4ts_kernels.process import (
     StopRequest,
     accelerator_of_one_run,
@@ -102,9 +103,10 @@ class _Job:
     accelerator: Accelerator
     on_step: OnStep | None
     stop: StopRequest
+    peers: Peers
 
     def report(self, report: StepReport) -> None:
-        if self.on_step is not None and self.on_step(report):
+        if self.peers.first and self.on_step is not None and self.on_step(report):
             self.stop.requested = True
 
     def raise_if_stopped(self) -> None:
@@ -134,22 +136,27 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
     splits = load_splits(config.data)
     with (
         stop_requests() as stop,
-        memory_cap(config.device, config.vram_gb),
         accelerator_of_one_run(config.device, config.precision) as accelerator,
+        memory_cap(config.device, config.vram_gb),
     ):
         set_seed(config.seed)
         run = open_run(config, splits.scaler)
         model = _build_model(config, splits.series, run)
-        run.begin(config, splits.scaler)
-        job = _Job(run, config, splits, model, accelerator, on_step, stop)
+        peers = Peers.of(accelerator)
+        peers.check(config.batch_size, config.accumulate, config.optimizer_in_backward)
+        accelerator.wait_for_everyone()  # all have read the directory before one writes there
+        if peers.first:
+            run.begin(config, splits.scaler)
+        job = _Job(run, config, splits, model, accelerator, on_step, stop, peers)
         if model.needs_autoencoder_training:
             _run_stage(job, "autoencoder")
             spaced = torch.linspace(0, len(splits.train) - 1, FREEZING_WINDOWS).long().unique()
             windows = [splits.train[index]["history"] for index in spaced.tolist()]
             model.freeze_autoencoder(torch.stack(windows))
+            broadcast(model.autoencoder.scale)
         average = _run_stage(job, "forecaster")
         with average.applied():
-            test = _finish(job)
+            test = peers.of_the_first(_finish(job) if peers.first else None)
     return TrainResult(run.directory, test, time.perf_counter() - started)
 
 
@@ -190,7 +197,9 @@ def _run_stage(job: _Job, stage: str) -> WeightAverage:
     resuming = checkpoint is not None and checkpoint.position.stage == stage
     start = checkpoint.position.step if checkpoint is not None and resuming else 0
 
-    batches = SeededBatches(len(job.splits.train), config.batch_size, config.seed, start, steps)
+    batches = SeededBatches(
+        len(job.splits.train), config.batch_size, config.seed, start, steps, job.peers.share
+    )
     windows = job.splits.train if first_stage else _encode_once(job, batches)
     if config.weights == "bf16" and not first_stage:
         for parameter in parameters:
@@ -211,11 +220,12 @@ def _run_stage(job: _Job, stage: str) -> WeightAverage:
             average.restore(averaged)
     if in_backward:
         step_in_backward(optimizer)
-    loss = job.accelerator.prepare(StageLoss(model, stage))
-    loss.train()
+    # Autocast is Accelerate's; gradients are averaged in the step, where a CUDA graph holds it.
+    loss = job.accelerator.prepare_model(StageLoss(model, stage), evaluation_mode=True).train()
     build = partial(_build_step, job, stage, loss, parameters, optimizer)
-    take_step = LadderedStep(config, build, partial(_change_levers, job))
-    log = StepLog(job.run, config.device, stage, steps, partial(_serving, model))
+    alone = job.peers.count == 1
+    take_step = LadderedStep(config, build, partial(_change_levers, job), alone)
+    log = StepLog(job.run, config.device, stage, steps, partial(_serving, model), job.peers.first)
     encoded = isinstance(windows, EncodedWindows)
     with model.encoders_off_the_gpu() if encoded else nullcontext():
         for step, batch in enumerate(_load(windows, batches, config.device), start + 1):
@@ -276,6 +286,7 @@ def _build_step(
         clip=config.gradient_clip,
         in_backward=stage != STAGES[0] and config.optimizer_in_backward,
         offload=config.offload_activations,
+        peers=job.peers,
     )
     device, graphs = job.model.device, None
     if config.device == "cuda" and config.cuda_graphs and not config.offload_activations:
@@ -305,14 +316,19 @@ def _keep_books(
     config = job.config
     last = step == steps
     saving = last or step % config.checkpoint_every == 0
+    validating = stage == "forecaster" and (last or step % config.validate_every == 0)
     validation = None
-    if stage == "forecaster" and (last or step % config.validate_every == 0):
+    if validating:
         log.check_finite()
         with log.clock_stopped(), average.applied():
-            validation = _validate(job)
-    if saving or validation or step % config.log_every == 0 or job.stop.requested:
+            validation = _validate(job) if job.peers.first else None
+    logging_now = saving or validating or step % config.log_every == 0
+    if logging_now or (job.stop.requested and job.peers.count == 1):
         job.report(log.flush(validation))
-    if saving or job.stop.requested:
+        job.stop.requested = job.peers.any(job.stop.requested, job.model.device)
+    elif job.peers.count > 1:
+        return  # a wish to stop waits for the next reading of losses, where all can agree
+    if job.peers.first and (saving or job.stop.requested):
         position = Position.at(stage, step)
         with log.clock_stopped():
             save_checkpoint(
@@ -323,6 +339,8 @@ def _keep_books(
                 config.keep_checkpoints,
                 average.tensors(),
             )
+    if job.stop.requested:
+        job.accelerator.wait_for_everyone()  # with the checkpoint written
     job.raise_if_stopped()
 
 

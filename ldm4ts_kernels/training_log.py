@@ -36,9 +36,15 @@ class StepLog:
     """Collects losses on the device and reads them in one transfer, as each read waits for it."""
 
     def __init__(
-        self, run: Run, device: str, stage: str, steps: int, attention: Callable[[], str]
+        self,
+        run: Run,
+        device: str,
+        stage: str,
+        steps: int,
+        attention: Callable[[], str],
+        writing: bool = True,
     ) -> None:
-        self.run, self.stage, self.steps = run, stage, steps
+        self.run, self.stage, self.steps, self.writing = run, stage, steps, writing
         self.on_gpu, self.attention = device == "cuda", attention
         self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self.since = time.perf_counter()
@@ -90,5 +96,6 @@ class StepLog:
         )
         self.pending.clear()
         self.since = now
-        self.run.log(asdict(report))
+        if self.writing:
+            self.run.log(asdict(report))
         return report

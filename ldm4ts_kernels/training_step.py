@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm4ts_kernels.model import LDM4TSModel
+from ldm4ts_kernels.peers import Peers
 
 
 class StageLoss(nn.Module):
@@ -18,7 +19,8 @@ class StageLoss(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.stage == "autoencoder":
-            return {"loss": self.model.autoencoder_loss(batch["history"])}
+            noise = batch.get("noise")
+            return {"loss": self.model.autoencoder_loss(batch["history"], noise=noise)}
         return self.model.loss(batch)
 
 
@@ -28,7 +30,8 @@ class TrainingStep:
     accumulate: parts that the batch is split into, whose gradients add up to that of the whole.
     clip: largest norm of all gradients together; 0 leaves them as they are. in_backward: the
     optimizer steps by itself (`step_in_backward`). offload: what the backward pass needs waits in
-    the host's memory.
+    the host's memory. peers: other processes with shares of the same batch, whose losses and
+    gradients are averaged.
     """
 
     def __init__(
@@ -41,11 +44,13 @@ class TrainingStep:
         clip: float = 0.0,
         in_backward: bool = False,
         offload: bool = False,
+        peers: Peers | None = None,
     ) -> None:
         self.loss, self.model = loss, model
         self.parameters, self.optimizer = parameters, optimizer
         self.accumulate, self.clip = accumulate, clip
         self.in_backward, self.offload = in_backward, offload
+        self.peers = peers or Peers()
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)  # what a step that broke off has left
@@ -57,7 +62,9 @@ class TrainingStep:
             for name, value in losses.items():
                 share = value.detach() / self.accumulate
                 totals[name] = totals[name] + share if name in totals else share
+        self.peers.average_(totals.values())
         if not self.in_backward:
+            self.peers.average_(parameter.grad for parameter in self.parameters)
             if self.clip:
                 nn.utils.clip_grad_norm_(self.parameters, self.clip)
             self.optimizer.step()
@@ -67,8 +74,11 @@ class TrainingStep:
     def _parts(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Yield the parts of the batch, with noise that was drawn for the whole."""
         count = len(batch["history"])
-        if self.accumulate > 1 and not self.model.needs_autoencoder_training:
-            batch = {**batch, **self.model.draw_noise(count)}
+        if self.accumulate * self.peers.count > 1:
+            first = self.peers.rank * count
+            drawn = self.model.draw_noise(count * self.peers.count)
+            own = {name: value[first : first + count] for name, value in drawn.items()}
+            batch = {**batch, **own}
         size, rest = divmod(count, self.accumulate)
         if rest:
             raise ValueError(

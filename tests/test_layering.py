@@ -22,7 +22,7 @@ LAYERS = (
     ("model",),
     ("model_memory",),
     ("vram", "data", "metrics", "averages", "batches"),
-    ("checkpoints", "process", "budget"),
+    ("checkpoints", "process", "budget", "peers"),
     ("runs", "evaluation", "plots", "training_step"),
     ("run_file", "training_log", "ladder"),
     ("training",),

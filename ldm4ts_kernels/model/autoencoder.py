@@ -96,11 +96,15 @@ class ImageAutoencoder(nn.Module):
         self,
         images: Tensor,  # (B, 3, height, width) in [0, 1]
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,  # (B, Z, h, w) of z ~ q; None: drawn now
     ) -> Tensor:
         """Return MSE(decode(z), image) + 1e-4 KL(q(z | image) ‖ N(0, 1)), means over elements."""
         pixels = 2 * images - 1
         posterior = self.kl.encode(pixels).latent_dist
-        latents = posterior.sample(generator=generator)
+        if noise is None:
+            latents = posterior.sample(generator=generator)
+        else:
+            latents = posterior.mean + posterior.std * noise
         restored = self.kl.decode(latents, return_dict=False)[0]
         divergence = posterior.kl().float().mean() / latents[0].numel()
         return F.mse_loss(restored.float(), pixels) + KL_WEIGHT * divergence

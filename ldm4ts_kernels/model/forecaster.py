@@ -149,10 +149,11 @@ class LDM4TSModel(nn.Module):
         self,
         history: Tensor,  # (B, L, V) or (L, V)
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,  # (B, Z, h, w), of `draw_noise`
     ) -> Tensor:
         """Return stage 1's loss, the reconstruction of the images and a small KL: a scalar."""
         images = self.encode_vision(as_windows("history", history, self.config, self.device))
-        return self.autoencoder.reconstruction_loss(images, generator)
+        return self.autoencoder.reconstruction_loss(images, generator, noise)
 
     def freeze_autoencoder(
         self,
@@ -352,8 +353,6 @@ class LDM4TSModel(nn.Module):
         )
         load_weights(model, path)
         return model.eval()
-
-    # Shared by training and forecasting
 
     def _read_forecast(
         self,
