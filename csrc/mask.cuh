@@ -39,20 +39,23 @@ LDM_DEVICE float mask_term(const FlashParams& p, int batch, int head, int query,
   return to_float(static_cast<const T*>(p.mask.data)[at]) * kLog2e;
 }
 
-// Scores in units of log2 with the mask in them; elements outside the matrix are left alone.
-template <typename T, int kRowTiles, int kColumnTiles>
+// Scores in units of log2 with the mask in them; elements outside the matrix are left alone. Rows
+// of the scores are queries and columns keys, or, transposed, the other way round.
+template <typename T, bool kTransposed, int kRowTiles, int kColumnTiles>
 LDM_DEVICE void scale_and_mask(float (&s)[kRowTiles][kColumnTiles][4], const FlashParams& p,
                                int batch, int head, int row, int column) {
-  for_each_element(s, row, column, [&](float& score, int query, int key) {
+  for_each_element(s, row, column, [&](float& score, int at_row, int at_column) {
+    const int query = kTransposed ? at_column : at_row, key = kTransposed ? at_row : at_column;
     score *= p.scale * kLog2e;
     if (query < p.q_len && key < p.k_len) score += mask_term<T>(p, batch, head, query, key);
   });
 }
 
-template <int kRowTiles, int kColumnTiles>
+template <bool kTransposed, int kRowTiles, int kColumnTiles>
 LDM_DEVICE void hide_unseen_keys(float (&s)[kRowTiles][kColumnTiles][4], const FlashParams& p,
                                  int row, int column) {
-  for_each_element(s, row, column, [&](float& score, int query, int key) {
+  for_each_element(s, row, column, [&](float& score, int at_row, int at_column) {
+    const int query = kTransposed ? at_column : at_row, key = kTransposed ? at_row : at_column;
     if (key >= key_limit(p, query)) score = -INFINITY;
   });
 }

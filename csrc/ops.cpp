@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "sm80/tiles.h"
 
 // A CPU-only torch has no such symbol. Weak: it stays null there and the library still loads.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tens
                                                   const Tensor& out, const Tensor& lse,
                                                   const std::optional<Tensor>& attn_mask,
                                                   const std::optional<Tensor>& dlse, bool is_causal,
-                                                  double scale, bool deterministic) {
+                                                  double scale, bool /* deterministic: always */) {
   FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale);
   for (const auto& [name, tensor] : {std::pair("dout", &dout), std::pair("out", &out)}) {
     check_operand(name, *tensor, query);
@@ -129,18 +130,17 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tens
   Tensor dk = torch::stable::empty_like(key);
   Tensor dv = torch::stable::empty_like(value);
   if (p.k_len == 0) return {torch::stable::zero_(dq), dk, dv};
-  const Tensor delta = empty_rows(query);
-  const int64_t size = with_head_dim(
-      p.head_dim, [&](auto dim) { return plan_flash_bwd<dim.value>(p, deterministic); });
-  const Tensor workspace = torch::stable::new_empty(query, {size}, ScalarType::Float);
+  std::optional<Tensor> statistics;
+  if (const int64_t size = statistics_floats(p)) {
+    statistics = torch::stable::new_empty(query, {size}, ScalarType::Float);
+    p.statistics = floats(*statistics);
+  }
   p.o = strided(out);
   p.d_o = strided(dout);
   p.dq = strided(dq);
   p.dk = strided(dk);
   p.dv = strided(dv);
   p.lse = floats(lse);
-  p.delta = floats(delta);
-  p.workspace = floats(workspace);
   p.dlse = dlse ? floats(*dlse) : nullptr;
   const cudaStream_t stream = current_stream(query);
   check_launch("flash_backward", with_head_dim(p.head_dim, [&](auto dim) {

@@ -16,30 +16,25 @@ struct Strided {
 };
 
 enum MaskKind : int64_t { kNoMask = 0, kBoolMask = 1, kElementMask = 2, kFloatMask = 3 };
-enum QueryGradient : int64_t { kSeparateKernel = 0, kInTurn = 1, kAtomic = 2 };  // flash_bwd.cuh
 
 // B batch, H query heads, G key/value heads, Q query length, K key length, D head dim.
 // Fields of 8 bytes come first, so that there is no padding to guess at.
 struct FlashParams {
-  Strided q;         // (B, H, Q, D)
-  Strided k;         // (B, G, K, D)
-  Strided v;         // (B, G, K, D)
-  Strided o;         // (B, H, Q, D)
-  Strided d_o;       // (B, H, Q, D)
-  Strided dq;        // (B, H, Q, D)
-  Strided dk;        // (B, G, K, D)
-  Strided dv;        // (B, G, K, D)
-  Strided mask;      // (B, H, Q, K), any stride may be 0; row: of a query
-  int64_t mask_col;  // stride of a key in the mask
-  float* lse;        // (B, H, Q), natural logarithm
-  float* delta;      // (B, H, Q), Σ_d do·o − dlse
-  float* dlse;       // (B, H, Q) or null
-  float* workspace;  // float32 fragments, in the order of the lanes that own them
+  Strided q;          // (B, H, Q, D)
+  Strided k;          // (B, G, K, D)
+  Strided v;          // (B, G, K, D)
+  Strided o;          // (B, H, Q, D)
+  Strided d_o;        // (B, H, Q, D)
+  Strided dq;         // (B, H, Q, D)
+  Strided dk;         // (B, G, K, D)
+  Strided dv;         // (B, G, K, D)
+  Strided mask;       // (B, H, Q, K), any stride may be 0; row: of a query
+  int64_t mask_col;   // stride of a key in the mask
+  float* lse;         // (B, H, Q), natural logarithm
+  float* dlse;        // (B, H, Q) or null
+  float* statistics;  // (B, H, padded Q, 2): lse · log2(e), Σ_d do·o − dlse; null: blocks find them
   int64_t mask_kind;
-  int64_t dq_mode;
-  int64_t turn;      // kInTurn: which tile of keys
   int64_t bfloat16;  // 1: bfloat16, 0: float16
-  int64_t causal;    // query i sees keys 0..i
   int32_t batch;
   int32_t heads;
   int32_t kv_heads;
@@ -47,7 +42,7 @@ struct FlashParams {
   int32_t k_len;
   int32_t head_dim;
   float scale;
-  int32_t splits;  // blocks that share out the queries of one head in the backward
+  int32_t causal;  // 1: query i sees keys 0..i
 };
 
 // Each returns a cudaError_t. kHeadDim is one of dispatch.h's and at least p.head_dim.
@@ -59,9 +54,5 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream);
 // Whether the forward's machine code runs on the current device.
 template <int kHeadDim>
 int probe_flash_fwd();
-
-// Chooses how the backward goes (dq_mode, splits); returns the floats of workspace that takes.
-template <int kHeadDim>
-int64_t plan_flash_bwd(FlashParams& p, bool deterministic);
 
 }  // namespace ldm

@@ -33,8 +33,8 @@ template <class T> void show(const char* name, const char* rest) {
 template <int kDim> void show_all() {
   show<FwdTiles<kDim, false>>("FwdTiles", ", false");
   show<FwdTiles<kDim, true>>("FwdTiles", ", true");
-  show<BwdTiles<kDim>>("BwdTiles", "");
-  show<DqTiles<kDim>>("DqTiles", "");
+  show<BwdTiles<kDim, true>>("BwdTiles", ", true");
+  if constexpr (kHasWideBwd<kDim>) show<BwdTiles<kDim, false>>("BwdTiles", ", false");
 }
 """
 
@@ -101,7 +101,7 @@ def kernels(library: Path) -> list[Kernel]:
         if match := re.search(r"(flash_\w+)<(\w+), (\w+<[^>]*>)(?:, (\w+))?\s*>", line):
             name, element, tiles, masked = match.groups()
         if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
-            resident = "prepare" in name or "round" in name  # these keep nothing in shared memory
+            resident = "statistics" in name  # keeps nothing in shared memory
             threads, shared = sizes[tiles]
             found.append(
                 Kernel(

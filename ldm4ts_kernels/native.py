@@ -126,9 +126,7 @@ def flash_attention(
     query's dtype, and gets no gradient; there is no dropout. The natural-log LSE comes as float32
     and carries a gradient. A row that sees no key gives 0 and LSE -inf.
 
-    Up to two tiles of keys (`csrc/sm80/tiles.h`: 256 keys for D ≤ 112) the backward is the same in
-    every run. Beyond that dq is summed by float32 atomics, in an order that differs from run to
-    run, unless `torch.use_deterministic_algorithms` asks for the slower ways (docs/kernels.md).
+    Output and gradients are the same in every run.
 
     Source: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2.
 

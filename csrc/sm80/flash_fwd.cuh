@@ -4,7 +4,7 @@
 #pragma once
 #include "../mask.cuh"
 #include "../softmax.cuh"
-#include "tile.cuh"
+#include "products.cuh"
 #include "tiles.h"
 
 namespace ldm {
@@ -34,73 +34,6 @@ struct KeyValueRing {
     return slot(step);
   }
 };
-
-// The queries of one warp as operand A, kept in registers or read again for every key tile.
-template <class C>
-struct QueryOperand {
-  static constexpr int kSteps = C::kPadded / 16;
-  static constexpr int kKept = C::kQueryInRegisters ? kSteps : 1;
-  uint32_t kept[kKept][C::kRowTiles][4];
-  Tile<C::kPadded> tile;  // this warp's rows
-
-  LDM_DEVICE void load(Tile<C::kPadded> rows) {
-    tile = rows;
-    if constexpr (C::kQueryInRegisters) {
-      LDM_UNROLL for (int k = 0; k < kSteps; ++k) {
-        LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) load_a(kept[k][r], tile, r * 16, k * 16);
-      }
-    }
-  }
-  LDM_DEVICE void get(uint32_t (&a)[4], int r, int k) const {
-    if constexpr (C::kQueryInRegisters) {
-      LDM_UNROLL for (int i = 0; i < 4; ++i) a[i] = kept[k][r][i];
-    } else {
-      load_a(a, tile, r * 16, k * 16);
-    }
-  }
-};
-
-// s = q kᵀ
-template <typename T, class C>
-LDM_DEVICE void multiply_keys(T type, float (&s)[C::kRowTiles][C::kBlockK / 8][4],
-                              const QueryOperand<C>& query, Tile<C::kPadded> keys) {
-  // registers need constant indices; a partly rolled loop over shared memory saves registers
-  constexpr int kUnroll = C::kQueryInRegisters ? QueryOperand<C>::kSteps : 4;
-#pragma unroll kUnroll
-  for (int k = 0; k < QueryOperand<C>::kSteps; ++k) {
-    uint32_t a[C::kRowTiles][4];
-    LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) query.get(a[r], r, k);
-    LDM_UNROLL for (int n = 0; n < C::kBlockK / 16; ++n) {
-      uint32_t b[4];
-      load_b(b, keys, n * 16, k * 16);
-      LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
-        mma(type, s[r][2 * n], a[r], b[0], b[1]);
-        mma(type, s[r][2 * n + 1], a[r], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// out += p v, columns beyond the head dim left out
-template <typename T, class C>
-LDM_DEVICE void multiply_values(T type, float (&out)[C::kRowTiles][C::kHeadDim / 8][4],
-                                const float (&p)[C::kRowTiles][C::kBlockK / 8][4],
-                                Tile<C::kPadded> values) {
-  LDM_UNROLL for (int k = 0; k < C::kBlockK / 16; ++k) {
-    uint32_t a[C::kRowTiles][4];
-    LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
-      accumulators_to_a(type, a[r], p[r][2 * k], p[r][2 * k + 1]);
-    }
-    LDM_UNROLL for (int n = 0; n < C::kPadded / 16; ++n) {
-      uint32_t b[4];
-      load_b_transposed(b, values, k * 16, n * 16);
-      LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
-        mma(type, out[r][2 * n], a[r], b[0], b[1]);
-        if (2 * n + 1 < C::kHeadDim / 8) mma(type, out[r][2 * n + 1], a[r], b[2], b[3]);
-      }
-    }
-  }
-}
 
 // Divides by the sums, leaves the rounded output in the queries' tile, writes the LSE.
 template <typename T, class C>
@@ -148,7 +81,7 @@ flash_fwd_kernel(LDM_PARAMS p) {
   LDM_UNROLL for (int step = 0; step < C::kSlots - 1; ++step) ring.start(step);
   copy_wait<C::kSlots - 2>();
   sync_block();
-  QueryOperand<C> query;
+  RowOperand<C::kPadded, C::kRowTiles, C::kQueryInRegisters> query;
   query.load(q_tile.rows_from(warp_row));
 
   // exp2 folds log2(e) into the scale; a masked score is scaled before the mask is added
@@ -159,11 +92,11 @@ flash_fwd_kernel(LDM_PARAMS p) {
   LDM_ROLLED for (int tile = 0; tile < k_tiles; ++tile) {
     const int key = tile * C::kBlockK;
     float s[C::kRowTiles][C::kBlockK / 8][4] = {};
-    multiply_keys(T(), s, query, ring.next(2 * tile));
-    if constexpr (kHasMask) scale_and_mask<T>(s, p, batch, head, row, key);
-    if (key + C::kBlockK > key_limit(p, row)) hide_unseen_keys(s, p, row, key);
+    multiply_rows<C::kUnroll>(T(), s, query, ring.next(2 * tile), 0);
+    if constexpr (kHasMask) scale_and_mask<T, false>(s, p, batch, head, row, key);
+    if (key + C::kBlockK > key_limit(p, row)) hide_unseen_keys<false>(s, p, row, key);
     online_softmax(s, out, softmax, scale);
-    multiply_values<T, C>(T(), out, s, ring.next(2 * tile + 1));
+    accumulate(T(), out, s, ring.next(2 * tile + 1), 0, 0);
   }
   copy_wait<0>();
   sync_block();

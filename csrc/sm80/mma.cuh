@@ -100,8 +100,17 @@ LDM_DEVICE Chunk load_shared_chunk(uint32_t address) {
                : "memory");
   return x;
 }
+LDM_DEVICE void store_shared(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
 LDM_DEVICE void load_shared_pair(float& x, float& y, uint32_t address) {
   asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x), "=f"(y) : "r"(address) : "memory");
+}
+LDM_DEVICE void load_shared_quad(float (&x)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "r"(address)
+               : "memory");
 }
 
 // ---- global → shared without registers; zeros where the source is not valid
@@ -111,18 +120,11 @@ LDM_DEVICE void copy_async_16(uint32_t address, const void* source, bool valid) 
                "r"(valid ? 16 : 0)
                : "memory");
 }
-LDM_DEVICE void copy_async_4(uint32_t address, const void* source, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source),
-               "r"(valid ? 4 : 0)
-               : "memory");
-}
 LDM_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until all but this thread's latest kPending groups have arrived.
 template <int kPending>
 LDM_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-
-LDM_DEVICE void add_atomic(float* target, float x) { atomicAdd(target, x); }
 
 }  // namespace ldm

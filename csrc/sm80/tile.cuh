@@ -17,9 +17,18 @@ struct Tile {
 
   uint32_t base;
 
+  static constexpr int kMask = (1 << kSwizzleBits) - 1;
+  static constexpr int twist(int row) { return row >> (3 - kSwizzleBits) & kMask; }
+
   LDM_DEVICE uint32_t address(int row, int chunk) const {
-    const int twist = (row >> (3 - kSwizzleBits)) & ((1 << kSwizzleBits) - 1);
-    return base + static_cast<uint32_t>(row * kChunks + (chunk ^ twist)) * 16;
+    return base + static_cast<uint32_t>(row * kChunks + (chunk ^ twist(row))) * 16;
+  }
+  // address(row + lane_row, chunk + lane_chunk) for a row that is a multiple of 8, an even chunk
+  // and a lane_chunk of 0 or 1: one register a tile, an xor and an offset known when compiled.
+  LDM_DEVICE uint32_t lane_address(int lane_row, int lane_chunk, int row, int chunk) const {
+    const uint32_t lane = address(lane_row, lane_chunk);  // bases are multiples of 128 bytes
+    return (lane ^ static_cast<uint32_t>(chunk & kMask) * 16) +
+           static_cast<uint32_t>(row * kChunks + (chunk & ~kMask)) * 16;
   }
   LDM_DEVICE Tile rows_from(int row) const {  // row: a multiple of 8
     return {base + static_cast<uint32_t>(row * kColumns * 2)};
@@ -31,25 +40,20 @@ struct Tile {
 template <int kColumns>
 LDM_DEVICE uint32_t corner_rows_first(Tile<kColumns> tile, int row, int column) {
   const int lane = thread_index() % kWarp;
-  return tile.address(row + lane % 16, column / kChunk + lane / 16);
+  return tile.lane_address(lane % 16, lane / 16, row, column / kChunk);
 }
 // The same corner: top left, top right, bottom left, bottom right. Untransposed: operand B whose
-// n runs down the rows, or, transposed: operand A whose k runs down the rows.
+// n runs down the rows.
 template <int kColumns>
 LDM_DEVICE uint32_t corner_columns_first(Tile<kColumns> tile, int row, int column) {
   const int lane = thread_index() % kWarp;
-  return tile.address(row + lane % 8 + lane / 16 * 8, column / kChunk + lane / 8 % 2);
+  return tile.lane_address(lane % 8 + lane / 16 * 8, lane / 8 % 2, row, column / kChunk);
 }
 
 // A(m, k) = tile[row + m][column + k]
 template <int kColumns>
 LDM_DEVICE void load_a(uint32_t (&a)[4], Tile<kColumns> tile, int row, int column) {
   load_matrices(a, corner_rows_first(tile, row, column));
-}
-// A(m, k) = tile[row + k][column + m]
-template <int kColumns>
-LDM_DEVICE void load_a_transposed(uint32_t (&a)[4], Tile<kColumns> tile, int row, int column) {
-  load_matrices_transposed(a, corner_columns_first(tile, row, column));
 }
 // B(k, n) = tile[row + n][column + k], n = 0..15: b[0..1] for n < 8, b[2..3] for the rest
 template <int kColumns>
@@ -80,26 +84,6 @@ LDM_DEVICE void store_accumulator(T type, Tile<kColumns> tile, int row, int colu
   const uint32_t inside = static_cast<uint32_t>(lane % 4) * 4;
   store_shared(tile.address(row + lane / 4, column / kChunk) + inside, pack(type, c[0], c[1]));
   store_shared(tile.address(row + lane / 4 + 8, column / kChunk) + inside, pack(type, c[2], c[3]));
-}
-
-// c += a bᵀ for the rows of two tiles, from a_row and b_row on, over all their columns
-template <typename T, int kRowTiles, int kColumnTiles, int kColumns>
-LDM_DEVICE void multiply_rows(T type, float (&c)[kRowTiles][kColumnTiles][4], Tile<kColumns> a_tile,
-                              int a_row, Tile<kColumns> b_tile, int b_row) {
-  constexpr int kUnroll = kColumns > 192 ? 4 : kColumns / 16;  // a longer loop body spills
-#pragma unroll kUnroll
-  for (int k = 0; k < kColumns / 16; ++k) {
-    uint32_t a[kRowTiles][4];
-    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) load_a(a[r], a_tile, a_row + r * 16, k * 16);
-    LDM_UNROLL for (int n = 0; n < kColumnTiles / 2; ++n) {
-      uint32_t b[4];
-      load_b(b, b_tile, b_row + n * 16, k * 16);
-      LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
-        mma(type, c[r][2 * n], a[r], b[0], b[1]);
-        mma(type, c[r][2 * n + 1], a[r], b[2], b[3]);
-      }
-    }
-  }
 }
 
 // One head of a tensor: its first row, and how far apart the rows are.
@@ -139,7 +123,7 @@ LDM_DEVICE void load_tile(Tile<kColumns> tile, Rows rows, int first, int n_rows,
       const int at = row + i * kStep;
       if (kRows % kStep != 0 && at >= kRows) break;
       const bool valid = at < valid_rows;
-      copy_async_16(tile.address(at, chunk), valid ? source : rows.data, valid);
+      copy_async_16(tile.address(at, chunk), source, valid);  // reads nothing unless valid
       source += kStep * rows.stride;
     }
     return;
@@ -170,21 +154,6 @@ LDM_DEVICE void store_tile(Rows rows, Tile<kColumns> tile, int first, int n_rows
       if (i < count) target[i] = static_cast<uint16_t>(x.words[i / 2] >> (i % 2 * 16));
     }
   }
-}
-
-// rows[row] and the next column = x, y, where they exist.
-template <typename T>
-LDM_DEVICE void store_pair(T type, Rows rows, int row, int column, int n_rows, int head_dim,
-                           float x, float y) {
-  if (row >= n_rows || column >= head_dim) return;
-  const uint32_t word = pack(type, x, y);
-  uint16_t* target = rows.data + row * rows.stride + column;
-  if (rows.vector) {
-    *reinterpret_cast<uint32_t*>(target) = word;
-    return;
-  }
-  target[0] = static_cast<uint16_t>(word);
-  if (column + 1 < head_dim) target[1] = static_cast<uint16_t>(word >> 16);
 }
 
 // Awaits the copies of one step of a pipeline of kStages buffers, and has a later step's started:

@@ -1,9 +1,9 @@
 // Every block size of the mma.sync kernels. Kernels contain no numbers.
 //
-// Chosen by the offline compile (no spills; two blocks an SM where registers allow), not yet by
-// timing: no GPU has run them. Each row fits 99 KiB (sm_86, sm_89) unless its table says 163
-// (sm_80, and sm_90 through the same kernels).
+// Each row spills on neither sm_80 nor sm_90 and fits 99 KiB (sm_86, sm_89) unless its table says
+// 163 (sm_80, and sm_90 through the same kernels).
 #pragma once
+#include "../params.h"
 #include "../types.h"
 
 namespace ldm {
@@ -36,27 +36,66 @@ constexpr FwdRow kFwdNarrow[] = {
     {160, 4, 1, 48, 2, true}, {192, 4, 1, 32, 2, true}, {256, 4, 1, 32, 2, false},
 };
 
+// One side of the backward: rows held by a block of 4 warps, against rows met.
+struct SideRow {
+  int row_tiles;  // of 16 rows, a warp
+  int unroll;     // steps along the head dim a loop body; all: held rows are kept in registers
+  int step;       // rows met a step
+  int slice;      // of them, whose scores are in registers at once
+  int parts;      // blocks that share out the columns of the sums, which else do not fit
+};
+constexpr int kAll = 0;
 struct BwdRow {
   int head_dim;
-  int key_warps;     // warps that share out the keys
-  int column_warps;  // warps that share out the columns of dK and dV, for the same keys
-  int row_tiles;     // of 16 keys, a warp
-  int block_q;
-  int stages;   // tiles of Q and dO in flight
-  int dq_keys;  // the kernel for dQ alone: keys a tile
-  int dq_stages;
+  int stages;  // steps in flight
+  SideRow by_keys, by_queries;
 };
-constexpr BwdRow kBwd[] = {
-    {16, 4, 1, 2, 32, 2, 64, 2},  {32, 4, 1, 2, 32, 2, 64, 2},  {40, 8, 1, 1, 64, 2, 64, 2},
-    {48, 8, 1, 1, 64, 2, 64, 2},  {64, 4, 2, 2, 32, 2, 64, 2},  {80, 8, 1, 1, 32, 2, 64, 2},
-    {96, 8, 1, 1, 32, 2, 64, 2},  {112, 8, 1, 1, 16, 2, 32, 2}, {128, 4, 2, 1, 32, 2, 32, 2},
-    {160, 4, 2, 1, 32, 2, 32, 2}, {192, 4, 2, 1, 32, 1, 32, 2}, {256, 2, 2, 1, 32, 1, 16, 1},
+// NVIDIA H200, 2026-11-23: the fastest of some ten candidates a side, each timed alone in a graph
+// on the shapes of benchmarks/cases.py; 48, 96, 112, 192 and 256, which no shape has, like their
+// neighbours.
+// Long sequences: 32 rows a warp, so that every fragment of the met rows serves two products. None
+// for 16, where twice the warps an SM are worth more.
+constexpr BwdRow kBwdWide[] = {
+    {32, 2, {2, kAll, 64, 32, 1}, {2, kAll, 64, 32, 1}},
+    {40, 2, {2, 3, 64, 32, 1}, {2, kAll, 64, 32, 1}},
+    {48, 2, {2, 2, 64, 32, 1}, {2, kAll, 64, 32, 1}},
+    {64, 2, {2, 2, 64, 32, 1}, {2, kAll, 64, 16, 1}},
+    {80, 2, {1, kAll, 64, 32, 1}, {2, 2, 64, 32, 1}},
+    {96, 2, {1, 2, 64, 32, 1}, {2, 2, 64, 32, 1}},
+};
+// Short ones, masks, and head dims whose sums leave no room for more.
+constexpr BwdRow kBwdNarrow[] = {
+    {16, 2, {1, kAll, 64, 32, 1}, {1, kAll, 64, 64, 1}},
+    {32, 2, {1, kAll, 64, 64, 1}, {1, kAll, 64, 64, 1}},
+    {40, 2, {1, kAll, 64, 64, 1}, {1, kAll, 64, 64, 1}},
+    {48, 2, {1, kAll, 64, 64, 1}, {1, kAll, 64, 64, 1}},
+    {64, 2, {1, kAll, 64, 64, 1}, {1, kAll, 64, 64, 1}},
+    {80, 2, {1, kAll, 64, 32, 1}, {1, kAll, 64, 64, 1}},
+    {96, 2, {1, 2, 64, 32, 1}, {1, kAll, 64, 32, 1}},
+    {112, 2, {1, 2, 64, 32, 1}, {1, kAll, 32, 32, 1}},
+    {128, 2, {1, 3, 32, 32, 1}, {1, kAll, 32, 32, 1}},
+    {160, 2, {1, 1, 32, 32, 1}, {1, 2, 32, 32, 1}},
+    {192, 2, {1, 2, 32, 32, 2}, {1, 2, 32, 32, 1}},
+    {256, 1, {1, 2, 32, 32, 2}, {1, 2, 32, 32, 1}},
 };
 
-// Up to this many tiles of keys, the backward takes them in turn rather than at once with atomics.
-constexpr int kTurns = 2;
-// A block that shares the queries of a head with others has at least this many steps to do.
-constexpr int kSplitSteps = 4;
+// Up to this many keys, narrow tiles.
+constexpr int kFewKeys = 256;
+// Queries that a block may keep the statistics of in shared memory, and elements that it may read
+// to find them; beyond either, another launch computes them.
+constexpr int kOwnQueries = 256;
+constexpr int kOwnElements = 8192;
+// Queries whose statistics one block computes, and to whose multiple a head's are padded.
+constexpr int kStatisticsRows = 128;
+constexpr int padded_queries(const FlashParams& p) {
+  return ceil_div(p.q_len, kStatisticsRows) * kStatisticsRows;
+}
+// Floats that p.statistics takes; none where each block finds its own.
+constexpr int64_t statistics_floats(const FlashParams& p) {
+  const int64_t queries = padded_queries(p), group = p.kv_heads ? p.heads / p.kv_heads : 0;
+  const bool own = group * queries <= kOwnQueries && group * p.q_len * p.head_dim <= kOwnElements;
+  return own ? 0 : 2 * queries * p.batch * p.heads;
+}
 
 template <typename Row, int kRows>
 constexpr Row row_for(const Row (&table)[kRows], int head_dim) {
@@ -77,51 +116,52 @@ struct FwdTiles {
   static constexpr int kBlockK = kRow.block_k;
   static constexpr int kSlots = kRow.slots;
   static constexpr bool kQueryInRegisters = kRow.query_in_registers;
+  // registers need constant indices; a partly rolled loop over shared memory saves registers
+  static constexpr int kUnroll = kQueryInRegisters ? kPadded / 16 : 4;
   static constexpr int kSharedBytes = (kBlockQ + kSlots * kBlockK) * kPadded * 2;
   static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
 };
 
-template <int kDim>
+template <int kDim, bool kNarrow>
 struct BwdTiles {
-  static constexpr BwdRow kRow = row_for(kBwd, kDim);
-  static constexpr int kHeadDim = kDim;
-  static constexpr int kPadded = ceil_div(kDim, 16) * 16;
-  static constexpr int kKeyWarps = kRow.key_warps;
-  static constexpr int kColumnWarps = kRow.column_warps;
-  static constexpr int kWarps = kKeyWarps * kColumnWarps;
-  static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kRowTiles = kRow.row_tiles;
-  static constexpr int kWarpKeys = kRowTiles * 16;
-  static constexpr int kBlockK = kKeyWarps * kWarpKeys;
-  static constexpr int kBlockQ = kRow.block_q;
-  static constexpr int kStages = kRow.stages;
-  static constexpr int kWarpQueries = kBlockQ / kColumnWarps;  // columns of Sᵀ, a warp
-  static constexpr int kWarpColumns = kPadded / kColumnWarps;  // of dK and dV, a warp
-  static constexpr int kDqRowWarps = kBlockQ / 16 < kWarps ? kBlockQ / 16 : kWarps;
-  static constexpr int kDqColumns = ceil_div(kPadded / 16, kWarps / kDqRowWarps) * 16;
-  static constexpr int kDqFloats = kWarps * 16 * kDqColumns;     // of one query tile
-  static constexpr int kDkvFloats = 2 * kBlockK * kPadded;       // of one block's dK and dV
-  static constexpr int kStageBytes = 2 * kBlockQ * kPadded * 2;  // Q, dO
-  static constexpr int kScoreBytes = kBlockK * kBlockQ * 2;      // dS; P where warps share it
-  static constexpr int kSharedBytes = 2 * kBlockK * kPadded * 2 + kStages * kStageBytes +
-                                      (kColumnWarps > 1 ? 2 : 1) * kScoreBytes +
-                                      kStages * 2 * kBlockQ * 4;  // lse, delta
-  static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
-  static_assert(kWarpQueries % 16 == 0 && kWarpColumns % 16 == 0, "an operand is 16 wide");
-  static_assert(kWarps % kDqRowWarps == 0 && kDqRowWarps * 16 == kBlockQ, "dQ is not covered");
-};
-
-template <int kDim>
-struct DqTiles {
-  static constexpr BwdRow kRow = row_for(kBwd, kDim);
+  static constexpr BwdRow kRow = kNarrow ? row_for(kBwdNarrow, kDim) : row_for(kBwdWide, kDim);
   static constexpr int kHeadDim = kDim;
   static constexpr int kPadded = ceil_div(kDim, 16) * 16;
   static constexpr int kThreads = 4 * kWarp;
-  static constexpr int kBlockQ = 64;
-  static constexpr int kBlockK = kRow.dq_keys;
-  static constexpr int kStages = kRow.dq_stages;
-  static constexpr int kSharedBytes = 2 * (kBlockQ + kStages * kBlockK) * kPadded * 2;
+
+  template <bool kKeys>
+  struct Side {
+    static constexpr SideRow kRow = kKeys ? BwdTiles::kRow.by_keys : BwdTiles::kRow.by_queries;
+    static constexpr bool kByKeys = kKeys;
+    static constexpr int kPadded = BwdTiles::kPadded;
+    static constexpr int kThreads = BwdTiles::kThreads;
+    static constexpr int kStages = BwdTiles::kRow.stages;
+    static constexpr int kRowTiles = kRow.row_tiles;
+    static constexpr int kRows = kThreads / kWarp * kRowTiles * 16;
+    static constexpr bool kKept = kRow.unroll == kAll;
+    static constexpr int kStep = kRow.step;
+    static constexpr int kSlice = kRow.slice;
+    static constexpr int kParts = kRow.parts;
+    static constexpr int kColumns = kPadded / kParts;  // of the sums
+    static constexpr int kSumTiles = kParts == 1 ? kDim / 8 : kColumns / 8;
+    static constexpr int kUnroll = kKept ? kPadded / 16 : kRow.unroll;
+    static constexpr int kStageBytes = 2 * kStep * kPadded * 2;  // q and do, or k and v
+    static constexpr int kBytes = 2 * kRows * kPadded * 2 + kStages * kStageBytes;
+    static_assert(kColumns % 16 == 0 && kStep % kSlice == 0 && kSlice % 16 == 0 &&
+                      kStatisticsRows % kStep == 0 && kRows <= kOwnQueries,
+                  "operands are 16 wide, statistics 128 long");
+  };
+  using ByKeys = Side<true>;
+  using ByQueries = Side<false>;
+  static constexpr int kStatisticsBytes = kOwnQueries * 8;  // or those of the steps in flight
+  static constexpr int kSharedBytes =
+      (ByKeys::kBytes > ByQueries::kBytes ? ByKeys::kBytes : ByQueries::kBytes) + kStatisticsBytes;
   static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
+  static_assert(kRow.stages * ByKeys::kStep * 8 <= kStatisticsBytes, "too many steps in flight");
 };
+
+// Whether wide tiles exist for a head dim.
+template <int kDim>
+constexpr bool kHasWideBwd = row_for(kBwdWide, kDim).head_dim == kDim;
 
 }  // namespace ldm

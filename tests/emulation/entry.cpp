@@ -8,13 +8,8 @@ extern "C" {
 
 int params_bytes() { return sizeof(ldm::FlashParams); }
 
-int block_keys() { return ldm::BwdTiles<LDM_HEAD_DIM>::kBlockK; }
-
-// Sets dq_mode and splits; returns the floats of workspace.
-int64_t plan(ldm::FlashParams* p, int deterministic, int processors) {
-  ldm::device_limits().processors = processors;
-  return ldm::plan_flash_bwd<LDM_HEAD_DIM>(*p, deterministic);
-}
+// Floats of workspace for p.statistics.
+int64_t workspace(const ldm::FlashParams* p) { return ldm::statistics_floats(*p); }
 
 // Returns the launcher's code; *conflicts: bank conflicts of ldmatrix; *error: what went wrong.
 int run(int backward, const ldm::FlashParams* p, int processors, int64_t* conflicts,

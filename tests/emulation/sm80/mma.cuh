@@ -135,6 +135,10 @@ template <typename X>
 void store_shared(uint32_t address, X x) {
   machine().write(address, &x, sizeof(x));
 }
+inline void store_shared(uint32_t address, float x, float y) {
+  const float pair[2] = {x, y};
+  machine().write(address, pair, 8);
+}
 inline Chunk load_shared_chunk(uint32_t address) {
   Chunk x = {};
   machine().read(address, &x, 16);
@@ -146,21 +150,17 @@ inline void load_shared_pair(float& x, float& y, uint32_t address) {
   x = pair[0];
   y = pair[1];
 }
+inline void load_shared_quad(float (&x)[4], uint32_t address) { machine().read(address, x, 16); }
 
 // ---- global → shared
 
 inline void copy_async_16(uint32_t address, const void* source, bool valid) {
   machine().copy_async(address, source, 16, valid);
 }
-inline void copy_async_4(uint32_t address, const void* source, bool valid) {
-  machine().copy_async(address, source, 4, valid);
-}
 inline void copy_commit() { machine().copy_commit(); }
 template <int kPending>
 void copy_wait() {
   machine().copy_wait(kPending);
 }
-
-inline void add_atomic(float* target, float x) { *target += x; }
 
 }  // namespace ldm

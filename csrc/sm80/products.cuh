@@ -1,0 +1,74 @@
+// The two products that attention is made of, on tiles in shared memory:
+//     scores = rows · columnsᵀ       sums += scores · columns
+#pragma once
+#include "tile.cuh"
+
+namespace ldm {
+
+// The rows of one warp as operand A, kept in registers or read again for every product.
+template <int kColumns, int kRowTiles, bool kKept>
+struct RowOperand {
+  static constexpr int kSteps = kColumns / 16;
+  uint32_t kept[kKept ? kSteps : 1][kRowTiles][4];
+  Tile<kColumns> tile;  // this warp's rows
+
+  LDM_DEVICE void load(Tile<kColumns> rows) {
+    tile = rows;
+    if constexpr (kKept) {
+      LDM_UNROLL for (int k = 0; k < kSteps; ++k) {
+        LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) load_a(kept[k][r], tile, r * 16, k * 16);
+      }
+    }
+  }
+  LDM_DEVICE void get(uint32_t (&a)[4], int r, int k) const {
+    if constexpr (kKept) {
+      LDM_UNROLL for (int i = 0; i < 4; ++i) a[i] = kept[k][r][i];
+    } else {
+      load_a(a, tile, r * 16, k * 16);
+    }
+  }
+};
+
+// c += a bᵀ for the rows of b from `row` on, over all columns. kUnroll: a shorter loop body where
+// all of it would spill.
+template <int kUnroll, typename T, int kRowTiles, int kColumnTiles, int kColumns, bool kKept>
+LDM_DEVICE void multiply_rows(T type, float (&c)[kRowTiles][kColumnTiles][4],
+                              const RowOperand<kColumns, kRowTiles, kKept>& a_rows,
+                              Tile<kColumns> b_tile, int row) {
+#pragma unroll kUnroll
+  for (int k = 0; k < kColumns / 16; ++k) {
+    uint32_t a[kRowTiles][4];
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) a_rows.get(a[r], r, k);
+    LDM_UNROLL for (int n = 0; n < kColumnTiles / 2; ++n) {
+      uint32_t b[4];
+      load_b(b, b_tile, row + n * 16, k * 16);
+      LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+        mma(type, c[r][2 * n], a[r], b[0], b[1]);
+        mma(type, c[r][2 * n + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// sum += scores · tile[row.., column..]; the sums' columns may end within the last 16
+template <typename T, int kRowTiles, int kScoreTiles, int kSumTiles, int kColumns>
+LDM_DEVICE void accumulate(T type, float (&sum)[kRowTiles][kSumTiles][4],
+                           const float (&scores)[kRowTiles][kScoreTiles][4], Tile<kColumns> tile,
+                           int row, int column) {
+  LDM_UNROLL for (int k = 0; k < kScoreTiles / 2; ++k) {
+    uint32_t a[kRowTiles][4];
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+      accumulators_to_a(type, a[r], scores[r][2 * k], scores[r][2 * k + 1]);
+    }
+    LDM_UNROLL for (int n = 0; n < ceil_div(kSumTiles, 2); ++n) {
+      uint32_t b[4];
+      load_b_transposed(b, tile, row + k * 16, column + n * 16);
+      LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+        mma(type, sum[r][2 * n], a[r], b[0], b[1]);
+        if (2 * n + 1 < kSumTiles) mma(type, sum[r][2 * n + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+}
+
+}  // namespace ldm

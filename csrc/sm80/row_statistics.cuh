@@ -1,0 +1,91 @@
+// What the backward needs to know of every query: lse · log2(e), and delta = Σ_d do·o − dlse.
+#pragma once
+#include "tile.cuh"
+#include "tiles.h"
+
+namespace ldm {
+
+LDM_DEVICE float* statistics_at(const FlashParams& p, int batch, int head, int query) {
+  const int64_t head_index = static_cast<int64_t>(batch) * p.heads + head;
+  return p.statistics + (head_index * padded_queries(p) + query) * 2;
+}
+
+// 8 elements of a row, those past the head dim or of a row that does not exist 0.
+LDM_DEVICE Chunk load_chunk(Rows rows, int row, int chunk, int n_rows, int head_dim) {
+  const int count = row < n_rows ? head_dim - chunk * kChunk : 0;
+  const uint16_t* source = rows.data + row * rows.stride + chunk * kChunk;
+  if (!rows.vector) return load_ragged_chunk(source, count);
+  return count > 0 ? *reinterpret_cast<const Chunk*>(source) : Chunk{{0, 0, 0, 0}};
+}
+
+template <typename T>
+LDM_DEVICE float dot(T, const Chunk& a, const Chunk& b) {
+  float sum = 0.0f;
+  LDM_UNROLL for (int i = 0; i < kChunk; ++i) {
+    const int shift = i % 2 * 16;
+    sum += to_float(T{static_cast<uint16_t>(a.words[i / 2] >> shift)}) *
+           to_float(T{static_cast<uint16_t>(b.words[i / 2] >> shift)});
+  }
+  return sum;
+}
+
+// Calls store(i, lse · log2(e), delta) for `count` queries from `query` on, by the whole block. A
+// row that sees no key (lse −inf) and one past the end get lse +inf: every p of theirs is 0.
+template <typename T, int kColumns, int kThreads, typename F>
+LDM_DEVICE void row_statistics(const FlashParams& p, int batch, int head, int query, int count,
+                               F&& store) {
+  constexpr int kChunks = kColumns / kChunk;
+  constexpr int kLanes = kChunks >= 8 ? 8 : kChunks >= 4 ? 4 : 2;  // a row
+  constexpr int kTurns = ceil_div(kChunks, kLanes);                // chunks a lane
+  constexpr int kRows = kThreads / kLanes;
+  constexpr int kAhead =
+      kLanes * kTurns < 12 ? kLanes : 12 / kTurns;  // rows a thread has under way
+  const Rows o = rows_of(p.o, batch, head), d_o = rows_of(p.d_o, batch, head);
+  const int64_t head_index = static_cast<int64_t>(batch) * p.heads + head;
+  const int lane = thread_index() % kLanes;
+  LDM_ROLLED for (int begin = 0; begin < count; begin += kAhead * kRows) {
+    Chunk a[kAhead][kTurns], b[kAhead][kTurns];
+    float lse[kAhead], dlse[kAhead];
+    LDM_UNROLL for (int i = 0; i < kAhead; ++i) {
+      const int row = query + begin + i * kRows + thread_index() / kLanes;
+      LDM_UNROLL for (int turn = 0; turn < kTurns; ++turn) {
+        a[i][turn] = load_chunk(o, row, turn * kLanes + lane, p.q_len, p.head_dim);
+        b[i][turn] = load_chunk(d_o, row, turn * kLanes + lane, p.q_len, p.head_dim);
+      }
+      const bool valid = row < p.q_len;
+      lse[i] = valid ? p.lse[head_index * p.q_len + row] : -INFINITY;
+      dlse[i] = valid && p.dlse ? p.dlse[head_index * p.q_len + row] : 0.0f;
+    }
+    LDM_UNROLL for (int i = 0; i < kAhead; ++i) {
+      float delta = 0.0f;
+      LDM_UNROLL for (int turn = 0; turn < kTurns; ++turn) delta +=
+          dot(T(), a[i][turn], b[i][turn]);
+      LDM_UNROLL for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+        delta += shuffle_xor(delta, lanes);
+      }
+      const int at = begin + i * kRows + thread_index() / kLanes;
+      if (lane == 0 && at < count) {
+        store(at, lse[i] == -INFINITY ? INFINITY : lse[i] * kLog2e, delta - dlse[i]);
+      }
+    }
+  }
+}
+
+// A block per kStatisticsRows queries, for the kernels that do not compute their own.
+template <typename T, class C>
+LDM_KERNEL(kStatisticsRows, 1)
+flash_bwd_statistics_kernel(LDM_PARAMS p) {
+  const int tiles = padded_queries(p) / kStatisticsRows;
+  const int64_t head_index = block_index() / tiles;
+  const int query = static_cast<int>(block_index() % tiles) * kStatisticsRows;
+  const int batch = static_cast<int>(head_index / p.heads);
+  const int head = static_cast<int>(head_index % p.heads);
+  float* target = statistics_at(p, batch, head, query);
+  row_statistics<T, C::kPadded, kStatisticsRows>(p, batch, head, query, kStatisticsRows,
+                                                 [&](int row, float lse, float delta) {
+                                                   target[2 * row] = lse;
+                                                   target[2 * row + 1] = delta;
+                                                 });
+}
+
+}  // namespace ldm
