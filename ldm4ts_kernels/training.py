@@ -240,19 +240,18 @@ def _run_stage(job: _Job, stage: str) -> WeightAverage:
 
 
 def _encode_once(job: _Job, batches: SeededBatches) -> Dataset[dict[str, Tensor]]:
-    """Return the training windows with the latents of those in the batches, if they fit."""
-    windows = job.splits.train
-    size = len(windows) * math.prod(job.model.latent_shape) * torch.float32.itemsize
-    if not job.config.cache_latents:
+    """Return the training windows with the latents of those in the batches, where that pays."""
+    windows, config = job.splits.train, job.config
+    # Of the whole run, so that a resumed one decides alike.
+    if not config.cache_latents or config.steps * config.batch_size < len(windows):
         return windows
+    size = len(windows) * math.prod(job.model.latent_shape) * torch.float32.itemsize
     if size > LARGEST_CACHE:
         logger.info(
-            "each step encodes its windows: the latents of all would take %.1f GiB of the host's "
-            "memory, more than %.0f",
-            size / GIB,
-            LARGEST_CACHE / GIB,
+            "each step encodes its windows: all latents would take %.1f GiB of the host", size / GIB
         )
         return windows
+    logger.info("encoding %d windows once, for all steps", len(windows))
     return EncodedWindows(windows, job.model.encode_frozen, chain.from_iterable(batches))
 
 

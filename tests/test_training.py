@@ -217,17 +217,32 @@ def test_levers_of_memory_leave_a_run_as_it_is(tmp_path, whole_run, levers):
     assert first == expected if exact else len(first) == len(expected)
 
 
+@pytest.mark.parametrize(("steps", "cached"), [(40, True), (2, False)])
+def test_windows_are_encoded_once_where_a_run_sees_them_all(tmp_path, monkeypatch, steps, cached):
+    passes: list[int] = []
+    honest = LDM4TSModel.loss
+
+    def seen(self, batch, generator=None):
+        passes.append("latents" in batch)
+        return honest(self, batch, generator)
+
+    monkeypatch.setattr(LDM4TSModel, "loss", seen)
+    short = {"validate_every": 50, "checkpoint_every": 50, "eval_windows": 1, "eval_samples": 1}
+    train(tiny_config(tmp_path, autoencoder_steps=1, steps=steps, **short))
+    assert passes == [cached] * steps
+
+
 def test_the_averaged_weights_are_scored_and_kept_and_resumed(tmp_path):
-    options = {"steps": 20, "checkpoint_every": 10, "validate_every": 20, "ema_decay": 0.9}
+    options = {"steps": 40, "checkpoint_every": 20, "validate_every": 40, "ema_decay": 0.9}
     unbroken = tiny_config(tmp_path, "unbroken", **options)
     train(unbroken)
     broken = tiny_config(tmp_path, data=unbroken.data, **options)
     with pytest.raises(TrainingInterrupted):
-        train(broken, stop_at("forecaster", 13))
+        train(broken, stop_at("forecaster", 23))
     train(replace(broken, resume=True))
     expected, got = weights(unbroken.output), weights(broken.output)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    last = Path(unbroken.output, "checkpoints", "forecaster-20")
+    last = Path(unbroken.output, "checkpoints", "forecaster-40")
     raw = weights(last)["unet.conv_in.weight"]
     assert not torch.equal(raw, expected["unet.conv_in.weight"])
     assert (last / "average.safetensors").exists()
