@@ -2,9 +2,11 @@
 
 import functools
 import importlib.metadata
+import json
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,6 +82,23 @@ def diagnose(head_dim: int = 64, tokens: int = 1024) -> Diagnosis:
     """
     machine = (_system(), *_gpus(), _driver(), _torch(), *_libraries())
     return Diagnosis(machine, tuple(_backends(head_dim, tokens)))
+
+
+def diagnose_elsewhere() -> Diagnosis:
+    """Return `diagnose()`; with a GPU from another process, as a CUDA context stays in memory."""
+    if not torch.cuda.is_available():
+        return diagnose()
+    command = [sys.executable, "-m", "ldm4ts_kernels.cli", "doctor", "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    return read_diagnosis(json.loads(ended.stdout))
+
+
+def read_diagnosis(found: dict[str, Any]) -> Diagnosis:
+    """Return what `Diagnosis.as_dict` gave, and JSON may have carried."""
+    backends = [
+        BackendFinding(**{**row, "reasons": tuple(row["reasons"])}) for row in found["backends"]
+    ]
+    return Diagnosis(tuple(Finding(**row) for row in found["machine"]), tuple(backends))
 
 
 def _system() -> Finding:

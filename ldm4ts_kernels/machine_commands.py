@@ -228,4 +228,4 @@ def panel_command(
         raise OptionError("panel: pip install 'ldm4ts-kernels[panel]'") from error
     address = f"[{host}]" if ":" in host else host
     known = "" if token is None else "?token=TOKEN"
-    serve(runs, host, port, token, lambda: note(f"http://{address}:{port}/{known}  (Ctrl-C ends)"))
+    serve(runs, host, port, token, lambda at: note(f"http://{address}:{at}/{known}  (Ctrl-C ends)"))

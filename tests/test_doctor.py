@@ -36,6 +36,7 @@ def test_a_backend_that_cannot_train_may_serve_without_a_gradient(found):
 def test_what_a_script_reads_is_plain_json(found):
     read = json.loads(json.dumps(found.as_dict()))
     assert [row["name"] for row in read["machine"]][:2] == ["Python", found.machine[1].name]
+    assert doctor.read_diagnosis(read) == found
 
 
 def test_every_wheel_has_a_command_that_installs_it():

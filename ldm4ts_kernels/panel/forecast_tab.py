@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from nicegui import events, ui
 
 from ldm4ts_kernels.data import OptionError
@@ -9,6 +10,7 @@ from ldm4ts_kernels.panel.charts import fan_chart
 from ldm4ts_kernels.panel.run_state import find_runs
 from ldm4ts_kernels.panel.shown_forecast import ShownForecast
 from ldm4ts_kernels.panel.state import PanelState
+from ldm4ts_kernels.panel.uploads import LARGEST_UPLOAD, keep_upload
 from ldm4ts_kernels.panel.widgets import FIELD, card, quiet_button
 from ldm4ts_kernels.panel.worker import WorkerError
 
@@ -41,7 +43,9 @@ class ForecastTab:
             )
             self.hold_out = field("Hold out (rows)", 0, "hold-out", min=0)
         with ui.expansion("Another series with the same columns").classes("w-full"):
-            self.upload = ui.upload(label="CSV file", auto_upload=True).on_upload(self._take_file)
+            self.upload = ui.upload(
+                label="CSV file", auto_upload=True, max_file_size=LARGEST_UPLOAD
+            ).on_upload(self._take_file)
             self.upload.classes("w-full").props('accept=".csv,text/csv" flat bordered')
             self.file = ui.label().classes(
                 "text-sm text-neutral-600 dark:text-neutral-400 break-all"
@@ -67,11 +71,9 @@ class ForecastTab:
             self.error.text = ""
 
     async def _take_file(self, event: events.UploadEventArguments) -> None:
-        place = self.panel.root / ".panel" / "data" / "forecast.csv"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        await event.file.save(place)
+        self.path = await keep_upload(event.file, self.panel.root)
         self.upload.reset()
-        self.path, self.file.text = str(place), f"Forecasting {event.file.name}"
+        self.file.text = f"Forecasting {event.file.name}"
 
     async def _forecast(self) -> None:
         self.error.text = ""
@@ -85,6 +87,8 @@ class ForecastTab:
         else:
             self._show(ShownForecast(**made))
         finally:
+            if torch.cuda.is_available():
+                self.panel.forecaster.close()  # its CUDA context is memory that training may want
             self.spinner.visible = False
             self.button.set_enabled(True)
 

@@ -1,13 +1,17 @@
 """The panel's page and its server: three tabs, one state, a gate before everything."""
 
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 from nicegui import app, background_tasks, ui
 
 from ldm4ts_kernels import __version__
+from ldm4ts_kernels.data import OptionError
 from ldm4ts_kernels.panel.access import AccessGate, check_exposure
 from ldm4ts_kernels.panel.forecast_tab import ForecastTab
 from ldm4ts_kernels.panel.memory_tab import MemoryTab
@@ -84,13 +88,37 @@ def create_app(panel: PanelState, host: str, port: int, token: str | None) -> Ac
     return AccessGate(application, token, port)
 
 
+class _Server(uvicorn.Server):
+    """Ends on a signal without raising it again, which would end the command in a traceback."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit  # a second Ctrl-C waits for nothing
+        self.should_exit = True
+
+
 def serve(
-    root: Path, host: str, port: int, token: str | None, on_ready: Callable[[], None]
+    root: Path, host: str, port: int, token: str | None, on_ready: Callable[[int], None]
 ) -> None:
     """Serve the panel until Ctrl-C; a run that is training then stops with a checkpoint.
 
-    on_ready is called when everything but the listening itself has succeeded.
+    on_ready is called with the port once it is taken; port 0 takes a free one. Raises OptionError
+    for a port that is not to be had, and as check_exposure.
     """
+    check_exposure(host, token)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OptionError(
+            f"port: cannot listen on {host}, port {port}: {os.strerror(error.errno or 0)}"
+        ) from error
+    port = listening.getsockname()[1]
     gate = create_app(PanelState(root), host, port, token)
-    on_ready()
-    uvicorn.run(gate, host=host, port=port, log_level="warning", server_header=False)
+    config = uvicorn.Config(
+        gate,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=2,  # seconds that open pages are waited for
+    )
+    on_ready(port)
+    _Server(config).run([listening])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ldm4ts_kernels.doctor import Diagnosis, diagnose
+from ldm4ts_kernels.doctor import Diagnosis, diagnose_elsewhere
 from ldm4ts_kernels.model.config import PRESETS, LDM4TSConfig
 from ldm4ts_kernels.panel.estimates import Estimates, about_estimate
 from ldm4ts_kernels.panel.run_state import RunState, read_run
@@ -22,7 +22,7 @@ class PanelState:
     settings: Settings = field(default_factory=Settings)
     estimates: Estimates = field(default_factory=Estimates)
     forecaster: Worker = field(default_factory=Worker)
-    diagnosis: Diagnosis = field(default_factory=diagnose)
+    diagnosis: Diagnosis = field(default_factory=diagnose_elsewhere)
     job: TrainingJob = field(init=False)
     shown: RunState | None = None
     changes: int = 0  # of `shown`; a page redraws when it has moved on

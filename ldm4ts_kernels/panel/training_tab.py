@@ -1,7 +1,6 @@
 """The tab LDM4TS Training: choose data, start, pause, stop and resume, and watch the run."""
 
 import asyncio
-import re
 
 from nicegui import events, ui
 
@@ -9,9 +8,9 @@ from ldm4ts_kernels.data import DATASETS, OptionError
 from ldm4ts_kernels.panel.data_check import DataCheck, check_data, preview
 from ldm4ts_kernels.panel.run_view import RunView
 from ldm4ts_kernels.panel.state import PanelState
+from ldm4ts_kernels.panel.uploads import LARGEST_UPLOAD, keep_upload
 from ldm4ts_kernels.panel.widgets import card, choice, number, show_error, text
 
-LARGEST_UPLOAD = 512 * 2**20  # bytes
 DATA_LABELS = {
     "sp500": "S&P 500, daily (built in)",
     "nasdaq": "NASDAQ, daily (built in)",
@@ -143,12 +142,8 @@ class TrainingTab:
 
     async def _take_file(self, event: events.UploadEventArguments) -> None:
         """Keep the file with the runs, where resuming and forecasting find it again."""
-        name = re.sub(r"[^\w.-]", "_", event.file.name).lstrip(".") or "data.csv"
-        place = self.panel.root / ".panel" / "data" / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        await event.file.save(place)
+        self.settings.data_path = await keep_upload(event.file, self.panel.root)
         self.upload.reset()
-        self.settings.data_path = str(place)
         await self.check()
 
     def _start(self) -> None:

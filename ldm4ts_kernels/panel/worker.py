@@ -38,9 +38,10 @@ class Worker:
         return found["answer"]
 
     def close(self) -> None:
-        """End the child process."""
+        """End the child process; the next question starts another."""
         if self.process is not None and self.process.returncode is None:
             self.process.kill()
+        self.process = None
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self.process is None or self.process.returncode is not None:
