@@ -265,6 +265,22 @@ def test_a_run_on_a_gpu_reports_its_peak_and_resumes(tmp_path):
     assert records(result.directory)[-1]["step"] == 4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_graphed_run_on_a_gpu_has_the_losses_of_an_eager_one(tmp_path, caplog, lean):
+    levers = {"device": "cuda", "checkpointing": "full", "autoencoder_steps": 8, "steps": 12}
+    if lean:
+        pytest.importorskip("torchao")
+        levers |= {"optimizer": "adamw8bit", "optimizer_in_backward": True, "gradient_clip": 0}
+    losses = []
+    for graphs in (False, True):
+        config = tiny_config(tmp_path, f"graphs-{graphs}", cuda_graphs=graphs, **levers)
+        train(config)
+        losses.append([record["losses"]["loss"] for record in records(config.output)])
+    assert "without a CUDA graph" not in caplog.text
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 def test_training_runs_in_a_thread(tmp_path):
     """As a panel does it: signals are then the main thread's, and on_step stops the run."""
     caught: list[str] = []
