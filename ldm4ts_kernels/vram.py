@@ -75,6 +75,9 @@ class Option:
     cost: str
     largest_batch: int
     one_window_gb: float
+    optimizer: str = "adamw"
+    weights: str = "fp32"
+    optimizer_in_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ class Recommendation:
     estimated_gb: float
     why: str
     considered: tuple[Option, ...]
+    optimizer: str = "adamw"
+    weights: str = "fp32"
+    optimizer_in_backward: bool = False
 
 
 class _Run(NamedTuple):
@@ -219,6 +225,7 @@ def recommend(
     image_size: tuple[int, int] | None = None,
     preset: str = "guide",
     precision: str | None = None,
+    lean: bool = False,
     **config_fields: Any,
 ) -> Recommendation:
     """Return the least costly settings with which training fits into vram_gb · 2^30 bytes.
@@ -226,6 +233,7 @@ def recommend(
     They are the first of LEVERS with which batch_size windows a step fit, and the largest batch
     that then fits, up to LARGEST_BATCH. Where batch_size windows fit with none, they are the last
     of LEVERS with the largest batch that fits; `why` says so. precision: None leaves it open.
+    lean: LEAN_LEVERS instead, which need torchao.
 
     Raises ValueError where not even one window fits, and as `estimate_vram_usage` does.
     """
@@ -233,7 +241,8 @@ def recommend(
         raise ValueError(f"vram_gb must be more than 0, got {vram_gb!r}")
     _check_count("batch_size", batch_size, LARGEST_BATCH)
     config = _config(preset, image_size, precision or "fp32", "model", config_fields)
-    levers = [lever for lever in LEVERS if precision in (None, lever.precision)]
+    offered = LEAN_LEVERS if lean else LEVERS
+    levers = [lever for lever in offered if precision in (None, lever.precision)]
     considered = []
     for option in _options(config, levers, vram_gb):
         considered.append(option)
@@ -245,8 +254,8 @@ def recommend(
             f"vram_gb must be at least {chosen.one_window_gb:.2f} for one window of "
             f"{config.image_size} a step with every lever, got {vram_gb}"
         )
-    run = _Run(config, "model", False, chosen.gradient_checkpointing, chosen.precision)
-    total = sum(run.table(chosen.largest_batch).values()) / GIB
+    lever = levers[len(considered) - 1]
+    total = sum(run_with(lever, config).table(chosen.largest_batch).values()) / GIB
     return Recommendation(
         vram_gb=vram_gb,
         attention_backend=chosen.attention_backend,
@@ -256,6 +265,9 @@ def recommend(
         estimated_gb=total,
         why=_explain(considered, batch_size, vram_gb),
         considered=tuple(considered),
+        optimizer=lever.optimizer,
+        weights=lever.weights,
+        optimizer_in_backward=lever.optimizer_in_backward,
     )
 
 
@@ -297,6 +309,9 @@ def _options(config: Any, levers: list[Lever], vram_gb: float) -> Iterator[Optio
             lever.cost,
             fitting,
             one_window_gb,
+            lever.optimizer,
+            lever.weights,
+            lever.optimizer_in_backward,
         )
 
 

@@ -166,6 +166,13 @@ def test_only_levers_that_training_has_are_recommended():
         assert plan({**settings, "device": "cpu"}).precision == lever.precision
 
 
+def test_lean_levers_are_recommended_where_they_are_asked_for():
+    lean = {"optimizer": "adamw8bit", **LEANEST}
+    found = recommend(fitting(20, **lean), batch_size=20, lean=True, **SMALL)
+    assert (found.optimizer, found.weights, found.batch_size) == ("adamw8bit", "fp32", 20)
+    assert [option.optimizer for option in found.considered] == ["adamw"] * 4 + ["adamw8bit"]
+
+
 def test_the_precision_can_be_kept():
     found = recommend(fitting(20, **LEANEST), batch_size=20, precision="fp32", **SMALL)
     assert {option.precision for option in found.considered} == {"fp32"}
