@@ -5,7 +5,7 @@ Exit codes: 0; 1 for a failed run; 2 for wrong usage; 130 when stopped by Ctrl-C
 
 import sys
 
-EXTRA = "pip install 'ldm4ts-kernels[ldm4ts]'"
+EXTRAS = {"nicegui": "panel"}  # all else comes with the extra ldm4ts
 
 
 def main() -> None:
@@ -15,7 +15,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("ldm4ts_kernels"):
             raise
-        _exit_with(f"{error.name} is not installed; {EXTRA}", 1)
+        extra = EXTRAS.get(error.name, "ldm4ts")
+        _exit_with(f"{error.name} is not installed; pip install 'ldm4ts-kernels[{extra}]'", 1)
 
 
 def _run() -> int:

@@ -220,12 +220,8 @@ def panel_command(
     runs: Annotated[Path, typer.Option("--runs", help="Directory of the runs.")] = Path("runs"),
 ) -> None:
     """Open the panel in a browser: forecast, train, and see what fits the GPU."""
-    try:
-        from ldm4ts_kernels.panel.server import serve
-    except ModuleNotFoundError as error:
-        if error.name != "nicegui":
-            raise
-        raise OptionError("panel: pip install 'ldm4ts-kernels[panel]'") from error
+    from ldm4ts_kernels.panel.server import serve
+
     address = f"[{host}]" if ":" in host else host
     known = "" if token is None else "?token=TOKEN"
     serve(runs, host, port, token, lambda at: note(f"http://{address}:{at}/{known}  (Ctrl-C ends)"))

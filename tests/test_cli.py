@@ -177,6 +177,8 @@ def test_bench_says_that_nothing_was_measured_without_a_gpu(ldm4ts):
         ("train --model-field dropout", 2, "model_field: expected name=value"),
         ("train --config nowhere.yaml", 2, "config: nowhere.yaml is not readable"),
         ("bench 4x8", 2, "shape: expected BxHxQxKxD"),
+        ("panel --host 0.0.0.0", 2, "token: --host 0.0.0.0 lets other machines in"),
+        ("panel --host 0.0.0.0 --token short", 2, "token: expected at least 8 characters"),
         ("forecast nowhere", 2, "nowhere holds no run"),
     ],
 )
@@ -217,6 +219,17 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(tmp_path):
     assert ended.returncode == 1
     assert ended.stderr == (
         "ldm4ts: typer is not installed; pip install 'ldm4ts-kernels[ldm4ts]'\n"
+    )
+
+
+def test_the_panel_names_the_extra_that_it_needs(monkeypatch, ldm4ts):
+    for name in [name for name in sys.modules if name.startswith("ldm4ts_kernels.panel")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    code, _, err = ldm4ts("panel")
+    assert (code, err) == (
+        1,
+        "ldm4ts: nicegui is not installed; pip install 'ldm4ts-kernels[panel]'\n",
     )
 
 

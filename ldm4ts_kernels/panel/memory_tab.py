@@ -66,7 +66,10 @@ class MemoryTab:
             mode.on_value_change(self.refresh).bind_enabled_from(
                 self.settings, "gradient_checkpointing"
             )
-        self.availability = ui.label().classes("text-sm").mark("availability")
+        with ui.column().classes("w-full gap-1").mark("availability"):
+            for name, label in ATTENTION.items():
+                said = f"{label}: {describe_attention(self.panel, name)}"
+                ui.label(said).classes("text-sm break-words")
         with ui.expansion("Attention backends of this machine").classes("w-full") as expansion:
             expansion.mark("backends")
             for finding in self.panel.diagnosis.backends:
@@ -103,7 +106,6 @@ class MemoryTab:
 
     def refresh(self) -> None:
         """Show the estimate of the current settings: now if it is known, else when traced."""
-        self.availability.text = describe_attention(self.panel, self.settings.attention)
         try:
             question, batch = self.settings.estimate_question(), self.settings.batch()
         except OptionError as error:
@@ -231,16 +233,16 @@ def describe_levers(found: dict[str, Any]) -> str:
 def describe_attention(panel: PanelState, attention: str) -> str:
     """Say who would serve the chosen attention here, or why it is not available."""
     if attention == "default":
-        return "Available: plain PyTorch, with the scores in memory. The baseline of every saving."
+        return "available, with the scores in memory; the baseline of every saving."
     rows = [row for row in panel.diagnosis.backends if row.precision == CHAIN_OF[attention]]
     chosen = next((row for row in rows if row.chosen), None)
     if chosen is not None and (attention != "sage" or chosen.name != "sdpa"):
         whose = ", PyTorch's own fused attention" if chosen.name == "sdpa" else ""
-        return f"Available: served by {chosen.name}{whose}."
+        return f"available, served by {chosen.name}{whose}."
     able = [row.name for row in rows if row.trains and row.name != "sdpa"]
     if able:
-        return f"INT8 serves by name alone ({', '.join(able)}); auto computes exactly, with sdpa."
-    return "No INT8 backend can train here; sdpa computes exactly instead. The reasons are below."
+        return f"computes exactly, with sdpa; INT8 by name alone ({', '.join(able)})."
+    return "not available for training here: the reasons are below. sdpa computes exactly instead."
 
 
 def _show_backend(finding: BackendFinding) -> None:
