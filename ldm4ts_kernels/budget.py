@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 from ldm4ts_kernels.vram import GIB, LARGEST_BATCH, Lever, largest_batch, run_with
 
+# Of a budget: what the pool of a CUDA graph holds beyond the tensors, 10 to 14 % of them on an H200
+# (torch 2.11, 2026-11-23), of which the estimate has 5 already.
+GRAPH_RESERVE = 0.09
 MANY_PARTS = 4  # beyond it, a leaner set of levers is taken before a batch is split further
 
 
@@ -40,17 +43,18 @@ def choose_levers(
     if not vram_gb > 0:
         raise ValueError(f"vram_gb must be more than 0, got {vram_gb!r}")
     config = resolve_config(preset, **model_fields)
+    usable = vram_gb * (1 - GRAPH_RESERVE)
     tried: list[Lever] = []
     for lever in levers:
         run = run_with(lever, config)
-        if batch_size <= LARGEST_BATCH and largest_batch(run, vram_gb, batch_size) == batch_size:
+        if batch_size <= LARGEST_BATCH and largest_batch(run, usable, batch_size) == batch_size:
             total = sum(run.table(batch_size).values()) / GIB
             return _describe(_Candidate(lever, 1, total), tried, batch_size, vram_gb)
         tried.append(lever)
-    split = [_split(lever, config, batch_size, vram_gb) for lever in levers]
+    split = [_split(lever, config, batch_size, usable) for lever in levers]
     fitting = [candidate for candidate in split if candidate is not None]
     if not fitting:
-        least = sum(run_with(levers[-1], config).table(1).values()) / GIB
+        least = sum(run_with(levers[-1], config).table(1).values()) / GIB / (1 - GRAPH_RESERVE)
         raise ValueError(
             f"vram_gb must be at least {least:.2f} for one window of {config.image_size} a step "
             f"with every lever, got {vram_gb:g}"
@@ -60,11 +64,11 @@ def choose_levers(
     return _describe(chosen, tried[: tried.index(chosen.lever)], batch_size, vram_gb)
 
 
-def _split(lever: Lever, config: Any, batch_size: int, vram_gb: float) -> _Candidate | None:
+def _split(lever: Lever, config: Any, batch_size: int, usable: float) -> _Candidate | None:
     if lever.optimizer_in_backward:
         return None  # its gradients cannot be accumulated
     run = run_with(lever, config, accumulating=True)
-    most = largest_batch(run, vram_gb, min(batch_size, LARGEST_BATCH))
+    most = largest_batch(run, usable, min(batch_size, LARGEST_BATCH))
     parts = [n for n in range(1, batch_size + 1) if not batch_size % n and batch_size // n <= most]
     if not parts:
         return None
