@@ -89,12 +89,15 @@ def measure(
     }
 
 
-def measure_all() -> None:
-    """Measure every configuration and write the file."""
-    rows = []
-    for part, shapes in SHAPES.items():
+def measure_all(parts: list[str]) -> None:
+    """Measure every configuration of the parts, and write the file with the others as they were."""
+    rows: list[dict[str, Any]] = []
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            rows = [row for row in csv.DictReader(file) if row["part"] not in parts]
+    for part in parts:
         for (px, batch_size), (backend, checkpointing, precision) in itertools.product(
-            shapes, OPTIONS
+            SHAPES[part], OPTIONS
         ):
             row = {
                 "gpu": torch.cuda.get_device_name(),
@@ -145,8 +148,9 @@ def main() -> None:
     """Measure, or compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="on this machine's GPU")
+    parser.add_argument("--parts", nargs="*", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()
-    measure_all() if options.measure else compare()
+    measure_all(options.parts) if options.measure else compare()
 
 
 if __name__ == "__main__":
