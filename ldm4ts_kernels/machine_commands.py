@@ -15,7 +15,7 @@ from ldm4ts_kernels.bench import time_attention
 from ldm4ts_kernels.commands import app, note, out
 from ldm4ts_kernels.data import OptionError
 from ldm4ts_kernels.doctor import BackendFinding, diagnose
-from ldm4ts_kernels.vram import GIB, estimate_vram_usage, recommend
+from ldm4ts_kernels.vram import GIB, Recommendation, estimate_vram_usage, recommend
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -178,34 +178,53 @@ def recommend_command(
     precision: Annotated[
         str | None, typer.Option("--precision", help="fp32, bf16; either if not given.")
     ] = None,
+    lean: Annotated[
+        bool, typer.Option("--lean", help="Also 8-bit optimizer states and bf16 weights (torchao).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Choose the settings with which training fits a GPU; needs none, and takes a minute."""
     size = None if image_size is None else (image_size, image_size)
     try:
-        found = recommend(vram_gb, batch_size, size, preset, precision)
+        found = recommend(vram_gb, batch_size, size, preset, precision, lean)
     except ValueError as error:
         raise OptionError(f"{error}") from error
     if as_json:
         out.print_json(json.dumps(asdict(found)))
         return
-    table = Table("attention", "precision", "checkpointing", "largest batch", "costs")
+    table = Table(
+        "attention", "precision", "checkpointing", "optimizer", "weights", "largest batch", "costs"
+    )
     for option in found.considered:
         checkpointing = "yes" if option.gradient_checkpointing else "no"
         largest = str(option.largest_batch or "none fits")
         table.add_row(
-            option.attention_backend, option.precision, checkpointing, largest, option.cost
+            option.attention_backend,
+            option.precision,
+            checkpointing,
+            option.optimizer + (", in backward" if option.optimizer_in_backward else ""),
+            option.weights,
+            largest,
+            option.cost,
         )
     out.print(table)
     out.print(f"{found.why} Estimate: {found.estimated_gb:.2f} GiB.", highlight=False)
+    _line(_train_command(found, preset, image_size))
+
+
+def _train_command(found: Recommendation, preset: str, image_size: int | None) -> str:
+    """Return the command that trains as was recommended."""
     checkpointing = "" if found.gradient_checkpointing else "no-"
-    sides = "" if image_size is None else f" --image-size {image_size}"
-    command = (
-        f"ldm4ts train --preset {preset}{sides} --attention {found.attention_backend}"
-        f" --precision {found.precision} --{checkpointing}gradient-checkpointing"
-        f" --batch-size {found.batch_size}"
-    )
-    out.print(command, highlight=False, soft_wrap=True)
+    parts = [
+        f"ldm4ts train --preset {preset}",
+        "" if image_size is None else f"--image-size {image_size}",
+        f"--attention {found.attention_backend} --precision {found.precision}",
+        f"--{checkpointing}gradient-checkpointing --batch-size {found.batch_size}",
+        "" if found.optimizer == "adamw" else f"--optimizer {found.optimizer}",
+        "" if found.weights == "fp32" else f"--weights {found.weights}",
+        "--optimizer-in-backward --gradient-clip 0" if found.optimizer_in_backward else "",
+    ]
+    return " ".join(part for part in parts if part)
 
 
 @app.command("panel")

@@ -31,6 +31,7 @@ def total_of(arguments: dict[str, object], batch: int) -> float:
 
 
 KEYS = {"backend": "flash", "gradient_checkpointing": "full", "optimizer": "adamw"}
+KEYS |= {"optimizer_in_backward": False}
 
 
 class FakeWorker:
@@ -45,6 +46,7 @@ class FakeWorker:
             if arguments["vram_gb"] < 3:
                 return {"nothing_fits": "vram_gb must be at least 3.00 for one window"}
             fits = {"attention_backend": "flash", "precision": "bf16", "batch_size": 5}
+            fits |= {"optimizer": "adamw", "weights": "fp32", "optimizer_in_backward": False}
             return {**fits, "gradient_checkpointing": True, "estimated_gb": 5.5, "why": ""}
         found = {}
         for batch in range(1, 65):

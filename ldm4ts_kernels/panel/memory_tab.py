@@ -52,6 +52,9 @@ class MemoryTab:
             choice("Optimizer", self.settings, "optimizer", OPTIMIZER_LABELS).on_value_change(
                 self.refresh
             )
+            choice("Weights", self.settings, "weights", list(PRECISIONS)).on_value_change(
+                self.refresh
+            )
             for label, name, options in (
                 ("Batch size", "batch_size", {"min": 1, "max": LARGEST_BATCH, "step": 1}),
                 ("Image size (px)", "image_size", {"min": 16, "max": 1024, "step": 16}),
@@ -66,6 +69,9 @@ class MemoryTab:
             mode.on_value_change(self.refresh).bind_enabled_from(
                 self.settings, "gradient_checkpointing"
             )
+            in_backward = ui.switch("Optimizer in backward").mark("optimizer_in_backward")
+            in_backward.bind_value(self.settings, "optimizer_in_backward")
+            in_backward.on_value_change(self.refresh)
         with ui.column().classes("w-full gap-1").mark("availability"):
             for name, label in ATTENTION.items():
                 said = f"{label}: {describe_attention(self.panel, name)}"
@@ -145,6 +151,7 @@ class MemoryTab:
             estimate["backend"] != "default"
             or estimate["gradient_checkpointing"] != "none"
             or estimate["optimizer"] != "adamw"
+            or estimate["optimizer_in_backward"]
         )
         said = f"{saved:.0f} % below default attention without checkpointing" if active else (
             "No optimisation is active"
@@ -206,8 +213,10 @@ class MemoryTab:
             "attention": found["attention_backend"],
             "precision": found["precision"],
             "gradient_checkpointing": found["gradient_checkpointing"],
-            "checkpointing": "full",  # what is recommended, as
-            "optimizer": "adamw",  # `recommend` considers no others
+            "checkpointing": "full",
+            "optimizer": found["optimizer"],
+            "optimizer_in_backward": found["optimizer_in_backward"],
+            "weights": found["weights"],
             "batch_size": batch,
             "card_gb": card_gb or self.settings.card_gb,
         }
@@ -227,7 +236,10 @@ def describe_levers(found: dict[str, Any]) -> str:
     """Name the settings of a recommendation."""
     checkpointing = "" if found["gradient_checkpointing"] else "no "
     attention = ATTENTION[found["attention_backend"]]
-    return f"{attention}, {found['precision']}, {checkpointing}gradient checkpointing"
+    levers = f"{attention}, {found['precision']}, {checkpointing}gradient checkpointing"
+    if found["optimizer"] != "adamw":
+        levers += f", 8-bit optimizer states, {found['weights']} weights"
+    return levers + (", optimizer in backward" if found["optimizer_in_backward"] else "")
 
 
 def describe_attention(panel: PanelState, attention: str) -> str:

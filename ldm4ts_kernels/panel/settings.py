@@ -1,5 +1,6 @@
 """What the panel's widgets hold, one set for all browsers, and how it reads for the functions."""
 
+import importlib.util
 from typing import Any
 
 from nicegui import binding
@@ -28,6 +29,8 @@ class Settings:
     gradient_checkpointing: bool = True
     checkpointing: str = "full"  # what is recomputed, where the switch is on
     optimizer: str = "adamw"
+    optimizer_in_backward: bool = False
+    weights: str = "fp32"
     precision: str = "fp32"
     batch_size: float | None = 4
     image_size: float | None = 224
@@ -63,6 +66,8 @@ class Settings:
             gradient_checkpointing=self.mode(),
             precision=self.precision,
             optimizer=self.optimizer,
+            optimizer_in_backward=bool(self.optimizer_in_backward),
+            weights=self.weights,
             image_size=self._pixels(),
         )
 
@@ -73,6 +78,7 @@ class Settings:
             batch_size=batch_size,
             preset=self.preset,
             image_size=self._pixels(),
+            lean=importlib.util.find_spec("torchao") is not None,
         )
 
     def data_config(self) -> DataConfig:
@@ -103,11 +109,18 @@ class Settings:
             "attention_backend": self.attention,
             "checkpointing": self.mode(),
             "optimizer": self.optimizer,
+            "weights": self.weights,
+            **self._in_backward(),
             "precision": self.precision,
             "batch_size": self.batch(),
             "model_fields": {"image_size": [pixels, pixels]},
             **{name: count for name, count in counts.items() if count is not None},
         }
+
+    def _in_backward(self) -> dict[str, Any]:
+        """Return the switch with what it excludes: a norm of all gradients is never known."""
+        on = bool(self.optimizer_in_backward)
+        return {"optimizer_in_backward": on, **({"gradient_clip": 0.0} if on else {})}
 
     def _pixels(self) -> tuple[int, int]:
         pixels = _whole("image_size", self.image_size, 16, 1024)

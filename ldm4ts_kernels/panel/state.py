@@ -69,6 +69,8 @@ class PanelState:
             gradient_checkpointing=config.checkpointing,
             precision=config.precision,
             optimizer=config.optimizer,
+            optimizer_in_backward=config.optimizer_in_backward,
+            weights=config.weights,
             image_size=tuple(size or LDM4TSConfig.image_size),
         )
         known = self.estimates.look_up(question)
