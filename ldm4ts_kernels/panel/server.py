@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -121,4 +122,7 @@ def serve(
         timeout_graceful_shutdown=2,  # seconds that open pages are waited for
     )
     on_ready(port)
-    _Server(config).run([listening])
+    with warnings.catch_warnings():
+        # NiceGUI looks for a server among all objects alive; one of torch's complains of the look.
+        warnings.filterwarnings("ignore", "`torch.distributed.reduce_op`", FutureWarning)
+        _Server(config).run([listening])
