@@ -17,7 +17,8 @@ from ldm4ts_kernels.metrics import (
 )
 from ldm4ts_kernels.model import LDM4TSModel
 
-DRAWS_AT_ONCE = 64  # images denoised together; bounds the memory, not the result's meaning
+# Images denoised together, of latents up to that size: bounds the memory, not what is found.
+DRAWS_AT_ONCE, LATENT_PIXELS = 64, 28 * 28
 FORECASTERS = ("ldm4ts", "last value", "seasonal naive")
 
 
@@ -53,7 +54,9 @@ def evaluate(
     chosen = torch.linspace(0, len(windows) - 1, count).round().long().tolist()
     generator = torch.Generator().manual_seed(seed)
     totals = {name: dict.fromkeys(("mse", "mae", "crps"), 0.0) for name in FORECASTERS}
-    at_once = max(1, DRAWS_AT_ONCE // samples)
+    _, height, width = model.latent_shape
+    fewer = min(1.0, LATENT_PIXELS / (height * width))
+    at_once = max(1, int(fewer * DRAWS_AT_ONCE) // samples)
     for start in range(0, count, at_once):
         batch = [windows[index] for index in chosen[start : start + at_once]]
         history = torch.stack([window["history"] for window in batch])  # (B, L, V)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_model import ready, untrained
 
+from ldm4ts_kernels import evaluation
 from ldm4ts_kernels.data import Windows
 from ldm4ts_kernels.evaluation import evaluate
 from ldm4ts_kernels.metrics import mean_squared_error
@@ -53,3 +54,13 @@ def test_progress_is_reported_by_windows():
     seen: list[tuple[int, int]] = []
     evaluate(ready(), series(), 5, 32, 1, seed=0, on_batch=lambda *at: seen.append(at))
     assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_larger_latents_are_denoised_fewer_at_a_time(monkeypatch):
+    monkeypatch.setattr(evaluation, "LATENT_PIXELS", 4 * 4)
+    monkeypatch.setattr(evaluation, "DRAWS_AT_ONCE", 8)
+    for side, batches in ((32, [(4, 5), (5, 5)]), (48, [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)])):
+        seen: list[tuple[int, int]] = []
+        model = ready(image_size=(side, side))
+        evaluate(model, series(), 5, 2, 1, seed=0, on_batch=lambda *at, seen=seen: seen.append(at))
+        assert seen == batches
