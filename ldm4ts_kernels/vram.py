@@ -38,16 +38,15 @@ class Lever(NamedTuple):
     optimizer_in_backward: bool = False
 
 
-# Least costly first, by the time of a step of the guide's U-Net on an H200 (224 px, batch 4; 86 ms
-# for the first). Attention is fused in all of them: it costs nothing against materialised scores.
+# Least costly first, by what they change and then by the time of a step of the forecaster under a
+# CUDA graph on an H200 (224 px, batch 4; 35 ms for the first; the last was not measured). Attention
+# is fused in all of them: it costs nothing against materialised scores.
 LEVERS = (
     Lever("fp32", False, "nothing: fused attention is exact, and no slower"),
-    Lever("bf16", False, "bfloat16's rounding; 1.4 × the time of a step while the host bounds it"),
-    Lever("fp32", True, "2.0 × the time of a step; the gradients are the same"),
-    Lever("bf16", True, "bfloat16's rounding, and 2.5 × the time of a step"),
+    Lever("bf16", False, "bfloat16's rounding; 0.8 × the time of a step"),
+    Lever("fp32", True, "1.5 × the time of a step; the gradients are the same"),
+    Lever("bf16", True, "bfloat16's rounding, and the forward pass again in the backward pass"),
 )
-
-
 # Beyond those, with the extra `lean`: the states of a weight, which are most of a small batch.
 STATES = "the rounding of AdamW's moments to a byte"
 LEAN_LEVERS = (
