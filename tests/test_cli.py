@@ -12,12 +12,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import typer
 from tiny_run import write_series
 
-from ldm4ts_kernels import __version__, cli, commands
+from ldm4ts_kernels import __version__, cli, commands, machine_commands
 from ldm4ts_kernels.data import DataConfig
 from ldm4ts_kernels.run_file import read_run_file
 from ldm4ts_kernels.runs import TrainConfig, plan, read_config
+from ldm4ts_kernels.vram import Recommendation
 
 TRAIN = shlex.split("""train --data csv --timestamp time --target c --history 24 --horizons 1-3
     --period 6 --device cpu --image-size 32 --steps 2 --autoencoder-steps 2 --batch-size 2
@@ -220,6 +222,16 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(tmp_path):
     assert ended.stderr == (
         "ldm4ts: typer is not installed; pip install 'ldm4ts-kernels[ldm4ts]'\n"
     )
+
+
+def test_a_recommendation_is_a_command_that_trains_so():
+    lean = {"optimizer": "adamw8bit", "weights": "bf16", "optimizer_in_backward": True}
+    found = Recommendation(2, "flash", "bf16", True, 4, 1.9, "", (), **lean)
+    words = machine_commands._train_command(found, "guide", 224).split()
+    command = typer.main.get_command(commands.app).commands["train"]
+    taken = command.make_context("train", words[2:]).params
+    assert (taken["batch_size"], taken["image_size"], taken["gradient_clip"]) == (4, 224, 0)
+    assert {name: taken[name] for name in lean} == lean
 
 
 def test_the_panel_names_the_extra_that_it_needs(monkeypatch, ldm4ts):

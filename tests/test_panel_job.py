@@ -1,6 +1,7 @@
 """The panel's training run: a child process that starts, pauses, stops, resumes and fails."""
 
 import json
+import os
 import time
 
 import pytest
@@ -111,6 +112,13 @@ def test_a_half_written_record_is_left_for_the_next_look(tmp_path):
     assert run.records == [record]
     assert run.progress == pytest.approx((3 + 2) / (3 + 4))
     assert describe_position(run, "running") == "Forecaster, step 2 of 4; 0 s left in this stage"
+    assert run.state == "elsewhere"
+    assert describe_position(run, run.state).startswith(
+        "Forecaster, step 2 of 4, by another process"
+    )
+    an_hour_ago = time.time() - 3600
+    os.utime(directory / "metrics.jsonl", (an_hour_ago, an_hour_ago))
+    assert run.state == "stopped"
     facts = describe_facts(run, 2.0)
     assert facts["VRAM measured"] == "1.25 GiB allocated"
     assert facts["VRAM estimated"] == "2.00 GiB with context and reserve"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ldm4ts_kernels.data import OptionError
 from ldm4ts_kernels.runs import TrainConfig, read_config
 
+SECONDS_AWAKE = 60  # since the last record: a run that nobody here started may still be training
 POINTS_SHOWN = 400  # of a curve; more would not be seen
 
 
@@ -24,6 +26,15 @@ class RunState:
     @property
     def last(self) -> dict[str, Any] | None:
         return self.records[-1] if self.records else None
+
+    @property
+    def state(self) -> str:
+        """Return "finished", "elsewhere" while another process writes, or "stopped"."""
+        if self.scores is not None:
+            return "finished"
+        log = self.directory / "metrics.jsonl"
+        written = log.stat().st_mtime if log.exists() else 0.0
+        return "elsewhere" if time.time() - written < SECONDS_AWAKE else "stopped"
 
     @property
     def progress(self) -> float:

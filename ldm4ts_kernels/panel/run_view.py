@@ -8,7 +8,13 @@ from ldm4ts_kernels.panel.run_state import RunState, find_runs
 from ldm4ts_kernels.panel.state import PanelState
 from ldm4ts_kernels.panel.widgets import FIELD, card, quiet_button
 
-COLORS = {"running": "primary", "finished": "positive", "failed": "negative", "paused": "warning"}
+COLORS = {
+    "running": "primary",
+    "elsewhere": "primary",
+    "finished": "positive",
+    "failed": "negative",
+    "paused": "warning",
+}
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -67,9 +73,7 @@ class RunView:
         """Return the job's state, or what the files say of a run that is not the job's."""
         if self.settings.run and self.settings.run == self.panel.job.name:
             return self.panel.job.state
-        if self.panel.shown is None:
-            return "idle"
-        return "finished" if self.panel.shown.scores else "stopped"
+        return "idle" if self.panel.shown is None else self.panel.shown.state
 
     def _offer_runs(self) -> None:
         names = find_runs(self.panel.root)
@@ -147,7 +151,9 @@ def describe_position(shown: RunState, state: str) -> str:
     if last["stage"] == "forecaster" and last["step"] == last["steps"] and state == "running":
         return f"{where}. Testing …"
     left = shown.seconds_left
-    if left is None or state != "running":
+    if state == "elsewhere":
+        where += ", by another process"
+    if left is None or state not in ("running", "elsewhere"):
         return where
     return f"{where}; {describe_seconds(left)} left in this stage"
 
