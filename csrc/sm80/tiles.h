@@ -11,29 +11,30 @@ namespace ldm {
 constexpr int kShared99 = 99 * 1024;
 constexpr int kShared163 = 163 * 1024;
 
+constexpr int kAll = 0;  // steps to unroll
 struct FwdRow {
   int head_dim;
   int warps;
   int row_tiles;  // of 16 queries, a warp
   int block_k;
-  int slots;  // of the ring that K and V tiles pass through, in turn
-  bool query_in_registers;
+  int slots;   // of the ring that K and V tiles pass through, in turn
+  int unroll;  // steps along the head dim a loop body; all: the queries are kept in registers
 };
 
 // Long sequences: 32 queries a warp, so that every fragment of K and V serves two products.
 constexpr FwdRow kFwdWide[] = {
-    {16, 4, 2, 64, 4, true},  {32, 4, 2, 64, 4, true},   {40, 4, 2, 64, 4, true},
-    {48, 4, 2, 64, 4, true},  {64, 4, 2, 64, 4, true},   {80, 4, 2, 64, 4, false},
-    {96, 4, 2, 64, 4, false}, {112, 4, 2, 48, 3, false}, {128, 4, 2, 48, 3, false},
-    {160, 8, 1, 64, 2, true}, {192, 8, 1, 32, 2, true},  {256, 8, 1, 32, 2, false},
+    {16, 4, 2, 64, 4, kAll},  {32, 4, 2, 64, 4, kAll},  {40, 4, 2, 64, 4, kAll},
+    {48, 4, 2, 64, 4, kAll},  {64, 4, 2, 64, 4, kAll},  {80, 4, 2, 64, 4, 4},
+    {96, 4, 2, 64, 4, 4},     {112, 4, 2, 48, 3, 4},    {128, 4, 2, 48, 3, 1},
+    {160, 8, 1, 64, 2, kAll}, {192, 8, 1, 32, 2, kAll}, {256, 8, 1, 32, 2, 4},
 };
 // Few queries, or a grid too small for the GPU: 64 queries a block; 80 keys, so that 77 are one
 // tile.
 constexpr FwdRow kFwdNarrow[] = {
-    {16, 4, 1, 80, 4, true},  {32, 4, 1, 80, 4, true},  {40, 4, 1, 80, 4, true},
-    {48, 4, 1, 80, 4, true},  {64, 4, 1, 80, 4, true},  {80, 4, 1, 80, 3, true},
-    {96, 4, 1, 80, 3, true},  {112, 4, 1, 80, 3, true}, {128, 4, 1, 80, 2, true},
-    {160, 4, 1, 48, 2, true}, {192, 4, 1, 32, 2, true}, {256, 4, 1, 32, 2, false},
+    {16, 4, 1, 80, 4, kAll},  {32, 4, 1, 80, 4, kAll},  {40, 4, 1, 80, 4, kAll},
+    {48, 4, 1, 80, 4, kAll},  {64, 4, 1, 80, 4, kAll},  {80, 4, 1, 80, 3, kAll},
+    {96, 4, 1, 80, 3, kAll},  {112, 4, 1, 80, 3, kAll}, {128, 4, 1, 80, 2, kAll},
+    {160, 4, 1, 48, 2, kAll}, {192, 4, 1, 32, 2, kAll}, {256, 4, 1, 32, 2, 4},
 };
 
 // One side of the backward: rows held by a block of 4 warps, against rows met.
@@ -44,7 +45,6 @@ struct SideRow {
   int slice;      // of them, whose scores are in registers at once
   int parts;      // blocks that share out the columns of the sums, which else do not fit
 };
-constexpr int kAll = 0;
 struct BwdRow {
   int head_dim;
   int stages;  // steps in flight
@@ -115,9 +115,8 @@ struct FwdTiles {
   static constexpr int kBlockQ = kRow.warps * kRow.row_tiles * 16;
   static constexpr int kBlockK = kRow.block_k;
   static constexpr int kSlots = kRow.slots;
-  static constexpr bool kQueryInRegisters = kRow.query_in_registers;
-  // registers need constant indices; a partly rolled loop over shared memory saves registers
-  static constexpr int kUnroll = kQueryInRegisters ? kPadded / 16 : 4;
+  static constexpr bool kQueryInRegisters = kRow.unroll == kAll;
+  static constexpr int kUnroll = kQueryInRegisters ? kPadded / 16 : kRow.unroll;
   static constexpr int kSharedBytes = (kBlockQ + kSlots * kBlockK) * kPadded * 2;
   static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
 };
