@@ -48,15 +48,15 @@ LEVERS = (
     Lever("bf16", True, "bfloat16's rounding, and the forward pass again in the backward pass"),
 )
 # Beyond those, with the extra `lean`: the states of a weight, which are most of a small batch.
-STATES = "the rounding of AdamW's moments to a byte"
+_LEAN_COST = "AdamW's moments in a byte, bfloat16's rounding, the forward pass again"
 LEAN_LEVERS = (
     *LEVERS,
-    Lever("bf16", True, f"{STATES}, and what the line before costs", "adamw8bit"),
-    Lever("bf16", True, f"{STATES}, and stochastically rounded weights", "adamw8bit", "bf16"),
+    Lever("bf16", True, _LEAN_COST, "adamw8bit"),
+    Lever("bf16", True, f"{_LEAN_COST}, stochastically rounded weights", "adamw8bit", "bf16"),
     Lever(
         "bf16",
         True,
-        f"{STATES}, stochastically rounded weights, and the clipping of gradients",
+        f"{_LEAN_COST}, stochastically rounded weights, and the clipping of gradients",
         "adamw8bit",
         "bf16",
         True,
