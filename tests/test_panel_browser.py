@@ -21,7 +21,7 @@ pytest.importorskip("nicegui")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
 TABS = ("Generative Forecast", "LDM4TS Training", "Memory Optimization")
-PATIENCE_MS = 60_000
+PATIENCE_MS = 120_000
 
 
 def start(directory: Path, *options: str) -> tuple[subprocess.Popen[bytes], str]:
