@@ -29,6 +29,7 @@ LAYERS = (
     ("forecasting", "progress", "doctor", "bench"),
     ("estimator",),
     ("panel",),
+    ("train_flags",),
     ("commands",),
     ("machine_commands",),
     ("cli",),
