@@ -60,7 +60,8 @@ def _triton_device(call: Call) -> str | None:
     return f"needs a cuda device, got {call.device.type}"
 
 
-# Measured on an NVIDIA H200, torch 2.11 (sdpa is cuDNN there), bf16: docs/kernels.md.
+# Measured on an NVIDIA H200, torch 2.11 (sdpa is cuDNN there), Triton 3.6, bf16, device time by
+# graph replay: benchmarks/results/attention_speed.csv.
 def _declines_unmeasured(call: Call) -> str | None:
     if call.device.type == "cuda":
         return "is not yet measured on this kind of GPU: ask for it by name"
@@ -70,25 +71,43 @@ def _declines_unmeasured(call: Call) -> str | None:
 def _declines_native(call: Call) -> str | None:
     if capability(call.device) != (9, 0):
         return _declines_unmeasured(call)
-    if call.needs_grad:
-        return "is measured at 0.4 to 1.0 of sdpa's speed on sm_90, forward and backward"
-    if call.key_length >= 256 or call.query_length > 784:
-        return "is measured at 0.6 to 0.9 of sdpa's speed on sm_90 from 256 keys or 1024 queries on"
     if call.mask:
         return "is not yet measured with a mask"
-    return None
+    if call.head_dim <= 16 and max(call.key_length, call.query_length) <= 784:
+        return None
+    if call.needs_grad:
+        if call.key_length <= 196 and call.head_dim <= 80:
+            return None
+        return "is measured at 0.4 to 0.9 of sdpa's speed on sm_90 with a gradient, past 196 keys"
+    if call.key_length < 256 and call.query_length <= 784:
+        return None
+    return "is measured at 0.4 to 0.9 of sdpa's speed on sm_90 from 256 keys or 1024 queries on"
 
 
 def _declines_triton(call: Call) -> str | None:
     if capability(call.device) != (9, 0):
         return _declines_unmeasured(call)
-    return "takes 0.11 to 0.25 ms of host time a call, sdpa 0.05 to 0.13, as measured on sm_90"
+    if call.mask or call.is_causal or call.dtype not in HALF:
+        return "is not yet measured with masks or in float32"
+    length = min(call.query_length, call.key_length)
+    if call.needs_grad:
+        if 128 < call.head_dim <= 160 and length >= 4096:
+            return None
+        return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90, forward and backward"
+    if call.head_dim == 64 and length >= 16384:
+        return None
+    return "is measured at 0.8 to 1.0 of sdpa's speed on sm_90 from 1024 tokens on"
 
 
 def _declines_int8(call: Call) -> str | None:
     if capability(call.device) != (9, 0):
         return _declines_unmeasured(call)
-    return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90: ask for it by name"
+    if call.needs_grad:
+        return "is measured at 0.7 to 0.9 of triton's speed, exact, on sm_90 with a gradient"
+    return (
+        "overtakes triton, exact, on sm_90 at about 16000 tokens, and not sdpa at all head dims:"
+        " ask for it by name"
+    )
 
 
 def _native_device(call: Call) -> str | None:

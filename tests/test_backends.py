@@ -276,16 +276,28 @@ def test_a_wheel_that_launches_on_the_current_device_runs_on_that_of_its_tensors
     assert events == [1, "runs", "left"]
 
 
+LONG = {"key_length": 4096, "query_length": 4096, "head_dim": 64}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "declined"),
     [
         ("native", {}, False),
         ("native", {"key_length": 77, "query_length": 784}, False),
-        ("native", {"needs_grad": True}, True),
+        ("native", {"needs_grad": True}, False),
+        ("native", {"needs_grad": True, "query_length": 4096, "key_length": 77}, False),
+        ("native", {"needs_grad": True, "head_dim": 160}, True),
+        ("native", {"needs_grad": True, "key_length": 256}, True),
         ("native", {"key_length": 256}, True),
+        ("native", {"key_length": 784, "query_length": 784, "head_dim": 16}, False),
         ("native", {"query_length": 4096}, True),
         ("native", {"mask": "boolean"}, True),
         ("triton", {}, True),
+        ("triton", LONG, True),
+        ("triton", {**LONG, "needs_grad": True, "head_dim": 160}, False),
+        ("triton", {**LONG, "needs_grad": True, "head_dim": 128}, True),
+        ("triton", {"key_length": 16384, "query_length": 16384, "head_dim": 64}, False),
+        ("triton", {"key_length": 16384, "query_length": 16384, "mask": "boolean"}, True),
     ],
 )
 def test_auto_uses_a_kernel_on_hopper_only_where_it_was_measured_faster(
