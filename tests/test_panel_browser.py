@@ -1,46 +1,21 @@
 """The panel in headless Chromium: from click to forecast, reload, two browsers, keyboard."""
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from panel_process import needs_chromium, open_browser, start
 from tiny_run import write_series
 
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright")
 pytest.importorskip("nicegui")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
+pytestmark = needs_chromium
 TABS = ("Generative Forecast", "LDM4TS Training", "Memory Optimization")
 PATIENCE_MS = 120_000
-
-
-def start(directory: Path, *options: str) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a panel over directory/runs; return its process and address once it listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "ldm4ts_kernels.cli", "panel", "--port", str(port)]
-    process = subprocess.Popen(
-        [*command, "--runs", str(directory / "runs"), *options],
-        env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(600):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process, f"http://127.0.0.1:{port}"
-        time.sleep(0.1)
-    raise AssertionError("the panel does not listen")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +33,8 @@ def address(directory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with open_browser() as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -195,20 +170,3 @@ def test_from_click_to_forecast_through_a_reload_beside_a_second_browser(open_ta
         page.get_by_role("button", name="Download CSV").click()
     lines = Path(download.value.path()).read_text().splitlines()
     assert lines[0] == "target,ahead,q05,q25,q50,q75,q95" and len(lines) == 4
-
-
-def test_without_the_token_nothing_comes(directory, browser):
-    process, address = start(directory, "--host", "0.0.0.0", "--token", "correct-horse")
-    try:
-        for wrong in ("", "/?token=wrong-horse", "/_nicegui_ws/socket.io/?EIO=4&transport=polling"):
-            with pytest.raises(urllib.error.HTTPError, match="401"):
-                urllib.request.urlopen(address + wrong)
-        page = browser.new_context().new_page()
-        page.goto(f"{address}/?token=correct-horse&tab={TABS[2]}")
-        page.get_by_text("Estimated VRAM of training").wait_for()
-        assert "correct-horse" not in page.url
-        page.reload()
-        page.get_by_text("Estimated VRAM of training").wait_for()
-    finally:
-        process.terminate()
-        process.wait(90)
