@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tens
                                                   const Tensor& out, const Tensor& lse,
                                                   const std::optional<Tensor>& attn_mask,
                                                   const std::optional<Tensor>& dlse, bool is_causal,
-                                                  double scale, bool /* deterministic: always */) {
+                                                  double scale) {
   FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale);
   for (const auto& [name, tensor] : {std::pair("dout", &dout), std::pair("out", &out)}) {
     check_operand(name, *tensor, query);
@@ -166,7 +166,7 @@ STABLE_TORCH_LIBRARY(ldm4ts_kernels, m) {
       "float scale) -> (Tensor, Tensor)");
   m.def(
       "flash_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "Tensor? attn_mask, Tensor? dlse, bool is_causal, float scale, bool deterministic) "
+      "Tensor? attn_mask, Tensor? dlse, bool is_causal, float scale) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("device_error(int index) -> str");
 }

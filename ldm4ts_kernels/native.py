@@ -30,7 +30,11 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:  # torch keeps the loader's own sentence as the cause
         return f"the compiled extension does not load: {error.__cause__ or error}"
+    from ldm4ts_kernels.kernels.flops import register_attention_flops  # it imports triton
+
     _register_fakes()
+    operators = torch.ops.ldm4ts_kernels
+    register_attention_flops(operators.flash_forward, operators.flash_backward, value_at=3)
     return None
 
 
@@ -104,7 +108,6 @@ class _FlashAttention(torch.autograd.Function):
             dlse if dlse is None else dlse.contiguous(),
             ctx.is_causal,
             ctx.scale,
-            torch.are_deterministic_algorithms_enabled(),
         )
         return *grads, None, None, None
 

@@ -69,9 +69,8 @@ def backward(
     """Compute the gradients of `forward`, with the weights exp(scores - lse)."""
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     if server == "native":
-        deterministic = torch.are_deterministic_algorithms_enabled()
         return torch.ops.ldm4ts_kernels.flash_backward.default(
-            dout, query, key, value, out, lse, None, None, is_causal, scale, deterministic
+            dout, query, key, value, out, lse, None, None, is_causal, scale
         )
     return torch.ops.ldm4ts_kernels.triton_flash_backward.default(
         dout, None, query, key, value, out, lse, *_triton_options(scale, is_causal), False

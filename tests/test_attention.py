@@ -234,7 +234,8 @@ def test_explain_agrees_with_what_runs_for_a_named_backend():
 def test_a_described_call_needs_no_tensors():
     call = explain(*tensors()).call
     described = call._replace(device=torch.device("meta"), head_dim=520)
-    assert "takes head dims up to 256 in float32, got 520" in explain_call(described).reasons["triton"]
+    reasons = explain_call(described).reasons["triton"]
+    assert "takes head dims up to 256 in float32, got 520" in reasons
 
 
 def test_int8_that_ends_in_sdpa_warns_once(fresh_announcements):

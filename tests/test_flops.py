@@ -3,12 +3,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._functorch import config
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="needs triton")
 
-from ldm4ts_kernels import attention_fn
+from ldm4ts_kernels import attention_fn, native, operators
 from ldm4ts_kernels.kernels import flash, int8  # noqa: F401  before any counter is made
 
 EXACT = {"precision": "exact", "backend": "triton"}
@@ -77,3 +78,15 @@ def test_a_memory_budget_spares_attention_once_it_counts(device, options, counte
     assert (launches.count == 0) == counted
     for ours, theirs in zip(grads, expected, strict=True):
         assert (ours - theirs).norm() <= (1e-3 if options is EXACT else 2e-2) * theirs.norm()
+
+
+def test_the_compiled_kernels_are_counted_too():
+    if reason := native.load_error():
+        pytest.skip(reason)
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        query, key = (torch.empty(2, 4, n, 16, dtype=torch.bfloat16) for n in (5, 7))
+        out, lse = operators.forward("native", query, key, key, False, 1.0)
+        forward = counter.get_total_flops()
+        operators.backward("native", out, query, key, key, out, lse, False, 1.0)
+    product = 2 * 2 * 4 * 5 * 7 * 16
+    assert (forward, counter.get_total_flops()) == (2 * product, 7 * product)

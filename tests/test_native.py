@@ -83,9 +83,7 @@ def forward_on_cpu(query, key, value, attn_mask, is_causal, scale):
     return torch.empty_like(query).copy_(out), lse.float().contiguous()
 
 
-def backward_on_cpu(
-    dout, query, key, value, out, lse, attn_mask, dlse, is_causal, scale, deterministic
-):
+def backward_on_cpu(dout, query, key, value, out, lse, attn_mask, dlse, is_causal, scale):
     """The formulas of csrc/sm80/flash_bwd.cuh, scores and all; operators run below autograd."""
     groups = query.shape[1] // key.shape[1]
     keys, values = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
@@ -189,7 +187,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(
         ops.flash_forward.default, (query, key, value, mask, False, 0.3), test_utils=tests
     )
-    sent = (torch.randn_like(out), query, key, value, out, lse, mask, None, False, 0.3, True)
+    sent = (torch.randn_like(out), query, key, value, out, lse, mask, None, False, 0.3)
     torch.library.opcheck(ops.flash_backward.default, sent, test_utils=tests)
 
 

@@ -112,5 +112,5 @@ def test_bfloat16_weights_follow_small_updates_by_stochastic_rounding():
 def test_without_torchao_8_bit_states_say_what_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao", None)
     monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
-    with pytest.raises(ImportError, match="adamw8bit needs torchao .pip install"):
+    with pytest.raises(ImportError, match=r"adamw8bit needs torchao .pip install"):
         build_optimizer(list(Model().parameters()), 1.0, 0.1, "adamw8bit")
