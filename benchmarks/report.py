@@ -104,6 +104,26 @@ def _ratio(theirs: str, ours: str) -> str:
     return "–" if "–" in (theirs, ours) else f"{float(theirs) / float(ours):.2f}"
 
 
+def attention_gains(rows: Rows) -> list[str]:
+    """One line a shape: how many times faster our faster exact kernel is than each peer."""
+    times = {(row["shape"], row["backend"], row["pass"]): row["device_ms"] for row in rows}
+    peers = {"sdpa flash": "FlashAttention-2", "sdpa cudnn": "cuDNN", "flex": "FlexAttention"}
+    lines = [f"| B, H, N_q, N_k, D | ours | {' | '.join(peers.values())} |"]
+    lines += ["|---" * (len(peers) + 2) + "|"]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        ratios: dict[str, list[str]] = {peer: [] for peer in peers}
+        winners = []
+        for each in ("forward", "forward+backward"):
+            ours = min(("native", "triton"), key=lambda name: float(times[shape, name, each]))
+            winners.append(ours)
+            for peer in peers:
+                ratios[peer].append(_ratio(times[shape, peer, each], times[shape, ours, each]))
+        served = " / ".join(winners)
+        cells = [f"{' / '.join(found)} ×" for found in ratios.values()]
+        lines.append(f"| {' | '.join([shape.replace('x', ', '), served, *cells])} |")
+    return [*lines, "", source(rows)]
+
+
 def accuracy(rows: Rows) -> list[str]:
     """One line a head dim, deviation and backend, in bf16: relative L2 and cosine."""
     names = ("out", "dq", "dk", "dv")
@@ -124,10 +144,14 @@ def source(rows: Rows) -> str:
 
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "accuracy": accuracy,
+    "attention_gains": attention_gains,
     "attention_speed": attention_speed,
     "kept_activations": kept_activations,
     "vram_accuracy": vram_accuracy,
 }
+
+
+SOURCES = {"attention_gains": "attention_speed"}  # of a table whose results have another name
 
 
 def fill(text: str) -> str:
@@ -135,7 +159,8 @@ def fill(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        return "\n".join([f"<!-- table: {name} -->", *TABLES[name](read(name)), "<!-- end -->"])
+        rows = read(SOURCES.get(name, name))
+        return "\n".join([f"<!-- table: {name} -->", *TABLES[name](rows), "<!-- end -->"])
 
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
