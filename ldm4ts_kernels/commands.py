@@ -137,6 +137,10 @@ def forecast_command(
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto",
     attention: Annotated[str, typer.Option("--attention", help="As for train.")] = "flash",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", help="Such as forecaster-200 (default: the finished model)."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -145,7 +149,9 @@ def forecast_command(
     ] = None,
 ) -> None:
     """Forecast what follows a series: a table, a picture with quantile fans and a CSV file."""
-    result = forecast(run, path, hold_out, samples, sampling_steps, seed, device, attention)
+    result = forecast(
+        run, path, hold_out, samples, sampling_steps, seed, device, attention, checkpoint
+    )
     picture = output or run / "forecast.png"
     frame = result.to_frame()
     title = f"{result.source}: forecast from {result.last}, {result.samples} draws"

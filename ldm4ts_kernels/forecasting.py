@@ -51,16 +51,18 @@ def forecast(
     seed: int = 0,
     device: str = "auto",
     attention_backend: str = "flash",
+    checkpoint: str | None = None,
 ) -> Forecast:
     """Forecast the rows after a table's end, or after its end less `hold_out` rows.
 
-    directory is a run's; its model/ is used, or its newest checkpoint while it has none. path is a
-    newer file with the same columns as the run's data. sampling_steps: DDIM's, None for the model's
-    own. Raises OptionError for a directory without a trained model, ValueError for data that do not
+    directory is a run's; its model/ is used, or its newest checkpoint while it has none, or the
+    checkpoint of that name, such as "forecaster-200". path is a newer file with the same columns as
+    the run's data. sampling_steps: DDIM's, None for the model's own. Raises OptionError for a
+    directory without a trained model or without that checkpoint, ValueError for data that do not
     fit or a bad count.
     """
     config = read_config(directory)
-    model_path = _model_path(Path(directory))
+    model_path = _model_path(Path(directory), checkpoint)
     data = config.data if path is None else replace(config.data, path=path)
     series = load_series(data)
     end = len(series.values) - hold_out
@@ -90,13 +92,24 @@ def forecast(
     )
 
 
-def _model_path(directory: Path) -> Path:
+def find_forecasters(directory: str | Path) -> list[str]:
+    """Return the names of the run's checkpoints that can forecast, newest first."""
+    found = find_checkpoints(Path(directory) / "checkpoints")
+    return [item.path.name for item in reversed(found) if item.position.stage == "forecaster"]
+
+
+def _model_path(directory: Path, checkpoint: str | None) -> Path:
+    found = {item.path.name: item for item in find_checkpoints(directory / "checkpoints")}
+    if checkpoint is not None:
+        if checkpoint not in found:
+            known = ", ".join(found) or "none"
+            raise OptionError(f"checkpoint: {directory} has {known}, got {checkpoint!r}")
+        return found[checkpoint].model_path
     if (directory / "model").is_dir():
         return directory / "model"
-    found = find_checkpoints(directory / "checkpoints")
     if not found:
         raise OptionError(f"{directory} has no model and no checkpoint yet")
-    return found[-1].model_path
+    return list(found.values())[-1].model_path
 
 
 def _load_model(

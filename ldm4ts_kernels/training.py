@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -225,7 +224,7 @@ def _run_stage(job: _Job, stage: str) -> WeightAverage:
     build = partial(_build_step, job, stage, loss, parameters, optimizer)
     alone = job.peers.count == 1
     take_step = LadderedStep(config, build, partial(_change_levers, job), alone)
-    log = StepLog(job.run, config.device, stage, steps, partial(_serving, model), job.peers.first)
+    log = StepLog(job.run, config.device, stage, steps, partial(served_by, model), job.peers.first)
     encoded = isinstance(windows, EncodedWindows)
     with model.encoders_off_the_gpu() if encoded else nullcontext():
         for step, batch in enumerate(_load(windows, batches, config.device), start + 1):
@@ -341,12 +340,6 @@ def _keep_books(
     if job.stop.requested:
         job.accelerator.wait_for_everyone()  # with the checkpoint written
     job.raise_if_stopped()
-
-
-def _serving(model: LDM4TSModel) -> str:
-    """Name the backends that served the model's attention layers, with their numbers of layers."""
-    counts = Counter(name for name in served_by(model).values() if name is not None)
-    return ", ".join(f"{name} ×{count}" for name, count in counts.most_common())
 
 
 def _validate(job: _Job) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ class StepReport:
     steps_per_second: float | None = None
     peak_gib: float | None = None  # allocated on the GPU since the stage began; None on a CPU
     attention: str | None = None  # backends that serve, with their numbers of layers
+    layers: dict[str, str] | None = None  # backend by attention layer, where it has changed
     validation: dict[str, dict[str, float]] | None = None  # mse and mae by forecaster
 
 
@@ -41,11 +43,12 @@ class StepLog:
         device: str,
         stage: str,
         steps: int,
-        attention: Callable[[], str],
+        served: Callable[[], dict[str, str | None]],
         writing: bool = True,
     ) -> None:
         self.run, self.stage, self.steps, self.writing = run, stage, steps, writing
-        self.on_gpu, self.attention = device == "cuda", attention
+        self.on_gpu, self.served = device == "cuda", served
+        self.layers: dict[str, str] = {}
         self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self.since = time.perf_counter()
         if self.on_gpu:
@@ -83,6 +86,9 @@ class StepLog:
         losses = self.check_finite()
         now = time.perf_counter()
         step, rate, _ = self.pending[-1]
+        before = self.layers
+        self.layers = {name: server for name, server in self.served().items() if server}
+        counts = Counter(self.layers.values())
         report = StepReport(
             stage=self.stage,
             step=step,
@@ -91,7 +97,8 @@ class StepLog:
             learning_rate=rate,
             steps_per_second=len(self.pending) / (now - self.since),
             peak_gib=torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
-            attention=self.attention(),
+            attention=", ".join(f"{name} ×{count}" for name, count in counts.most_common()),
+            layers=self.layers if self.layers != before else None,
             validation=validation,
         )
         self.pending.clear()

@@ -8,7 +8,8 @@ import pytest
 from tiny_run import tiny_config
 
 from ldm4ts_kernels.data import OptionError, load_series
-from ldm4ts_kernels.forecasting import LEVELS, forecast
+from ldm4ts_kernels.forecasting import LEVELS, find_forecasters, forecast
+from ldm4ts_kernels.panel.run_state import read_run
 from ldm4ts_kernels.training import TrainingInterrupted, train
 
 
@@ -89,3 +90,31 @@ def test_an_unfinished_run_forecasts_from_its_newest_checkpoint(run, tmp_path):
 def test_a_directory_without_a_run_is_an_error(tmp_path):
     with pytest.raises(OptionError, match="holds no run"):
         forecast(tmp_path)
+
+
+def test_a_checkpoint_forecasts_when_it_is_named(tmp_path):
+    config = tiny_config(tmp_path, steps=4)
+    seen = []
+
+    def stop_at_two(report):
+        seen.append(report)
+        return report.stage == "forecaster" and report.step == 2
+
+    with pytest.raises(TrainingInterrupted):
+        train(replace(config, log_every=1), stop_at_two)
+    names = find_forecasters(config.output)
+    assert names[-1] == "forecaster-2"
+    made = forecast(config.output, samples=4, sampling_steps=1, checkpoint="forecaster-2")
+    assert made.model_path.parent.name == "forecaster-2"
+    with pytest.raises(OptionError, match=r"checkpoint: .*forecaster-2.*got 'forecaster-9'"):
+        forecast(config.output, checkpoint="forecaster-9")
+
+
+def test_a_run_says_which_backend_served_each_layer(run):
+    shown = read_run(Path(run.output))
+    assert shown is not None
+    servers = {name.partition(": ")[0]: server for name, server in shown.layers.items()}
+    assert servers == {"autoencoder": "sdpa", "forecaster": "sdpa"}
+    last = [record for record in shown.records if record.get("attention")][-1]
+    layers = [name for name in shown.layers if name.startswith("forecaster")]
+    assert last["attention"] == f"sdpa ×{len(layers)}"

@@ -6,6 +6,7 @@ import torch
 from nicegui import events, ui
 
 from ldm4ts_kernels.data import OptionError
+from ldm4ts_kernels.forecasting import find_forecasters
 from ldm4ts_kernels.panel.charts import fan_chart
 from ldm4ts_kernels.panel.run_state import find_runs
 from ldm4ts_kernels.panel.shown_forecast import ShownForecast
@@ -15,6 +16,7 @@ from ldm4ts_kernels.panel.widgets import FIELD, card, quiet_button
 from ldm4ts_kernels.panel.worker import WorkerError
 
 DEFAULT_SAMPLES = 100
+NEWEST = "the finished model, or the newest"
 
 
 class ForecastTab:
@@ -37,6 +39,8 @@ class ForecastTab:
         with ui.row().classes("w-full gap-3"):
             self.runs = ui.select([], label="Trained run").classes(FIELD).mark("forecast-run")
             self.runs.props("outlined dense")
+            self.checkpoint = ui.select([NEWEST], value=NEWEST, label="Checkpoint").classes(FIELD)
+            self.checkpoint.mark("forecast-checkpoint").props("outlined dense")
             self.samples = field("Draws", DEFAULT_SAMPLES, "samples", min=2)
             self.sampling_steps = field(
                 "Sampling steps", None, "sampling-steps", min=1, placeholder="the model's"
@@ -63,6 +67,10 @@ class ForecastTab:
         if names != self.runs.options:
             current = self.runs.value if self.runs.value in names else None
             self.runs.set_options(names, value=current or (names[0] if names else None))
+        found = find_forecasters(self.panel.root / self.runs.value) if self.runs.value else []
+        if self.checkpoint.options != [NEWEST, *found]:
+            chosen = self.checkpoint.value if self.checkpoint.value in found else NEWEST
+            self.checkpoint.set_options([NEWEST, *found], value=chosen)
         self.button.set_enabled(bool(names) and not self.spinner.visible)
         if not names and not self.error.text:
             self.error.classes(replace="text-sm text-neutral-600 dark:text-neutral-400")
@@ -97,6 +105,7 @@ class ForecastTab:
         steps = self.sampling_steps.value
         return {
             "directory": str(self.panel.root / str(self.runs.value)),
+            "checkpoint": None if self.checkpoint.value == NEWEST else self.checkpoint.value,
             "path": self.path,
             "hold_out": _whole("hold_out", self.hold_out.value, 0),
             "samples": _whole("samples", self.samples.value, 2),

@@ -57,6 +57,17 @@ class RunState:
         return max(peaks, default=None)
 
     @property
+    def layers(self) -> dict[str, str]:
+        """Return which backend served each attention layer last, by stage and layer."""
+        found = {}
+        for record in self.records:
+            if record.get("layers"):
+                found[record["stage"]] = record["layers"]
+        return {
+            f"{stage}: {name}": server for stage in found for name, server in found[stage].items()
+        }
+
+    @property
     def validation(self) -> dict[str, dict[str, float]] | None:
         """Return the newest validation scores by forecaster."""
         found = [record["validation"] for record in self.records if record.get("validation")]

@@ -49,6 +49,13 @@ class RunView:
         self.chart = ui.echart({}).classes("w-full h-64").mark("loss")
         self.scores = ui.table(rows=[], columns=[]).props("dense flat bordered hide-bottom")
         self.scores.classes("w-full").mark("scores")
+        with ui.expansion("Attention, layer by layer").classes("w-full") as self.layers:
+            columns = [
+                {"name": name, "label": name, "field": name, "align": "left"}
+                for name in ("layer", "backend")
+            ]
+            self.served = ui.table(rows=[], columns=columns, pagination=10).mark("layers")
+            self.served.classes("w-full").props("dense flat bordered")
 
     def refresh(self) -> None:
         """Draw again if the run, its files or its process have changed."""
@@ -84,7 +91,7 @@ class RunView:
 
     def _draw(self, shown: RunState | None, state: str) -> None:
         self.facts.clear()
-        for element in (self.curve_title, self.chart, self.scores):
+        for element in (self.curve_title, self.chart, self.scores, self.layers):
             element.visible = False
         if shown is None:
             self.progress.value = 0
@@ -103,6 +110,10 @@ class RunView:
             self.chart.options.update(loss_chart(*curves))
             self.chart.update()
         self._draw_scores(shown)
+        self.layers.visible = bool(shown.layers)
+        self.served.rows = [
+            {"layer": name, "backend": server} for name, server in shown.layers.items()
+        ]
 
     def _draw_scores(self, shown: RunState) -> None:
         scores = shown.scores["scores"] if shown.scores else shown.validation

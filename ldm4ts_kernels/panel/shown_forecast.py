@@ -34,10 +34,15 @@ class ShownForecast:
 
 
 def show_forecast(
-    directory: str, path: str | None, hold_out: int, samples: int, sampling_steps: int | None
+    directory: str,
+    path: str | None,
+    hold_out: int,
+    samples: int,
+    sampling_steps: int | None,
+    checkpoint: str | None = None,
 ) -> ShownForecast:
     """Forecast as `ldm4ts forecast` does, and lay the result out for the page."""
-    made = forecast(directory, path, hold_out, samples, sampling_steps)
+    made = forecast(directory, path, hold_out, samples, sampling_steps, checkpoint=checkpoint)
     frame = made.to_frame()
     return ShownForecast(
         title=f"{made.source}: forecast from {made.last}, {made.samples} draws",
