@@ -16,10 +16,12 @@ from nicegui.testing.user_simulation import user_simulation
 
 from ldm4ts_kernels.panel.data_check import check_data
 from ldm4ts_kernels.panel.estimates import Estimates, Question
+from ldm4ts_kernels.panel.forecast_tab import NEWEST
 from ldm4ts_kernels.panel.questions import answer
 from ldm4ts_kernels.panel.server import TABS, build_page
 from ldm4ts_kernels.panel.settings import CARDS_GB
 from ldm4ts_kernels.panel.state import PanelState
+from ldm4ts_kernels.panel.worker import WorkerError
 from ldm4ts_kernels.vram import GIB, estimate_vram_usage
 
 
@@ -274,6 +276,61 @@ def test_without_a_run_the_forecast_says_what_to_do(tmp_path):
             await settle(user, "forecast-error", "No run yet: train one in the next tab.")
             (button,) = user.find(marker="forecast", kind=ui.button).elements
             assert not button.enabled
+
+    asyncio.run(body())
+
+
+def test_a_runs_checkpoints_are_offered_and_the_one_chosen_is_asked_for(tmp_path):
+    asked: dict[str, object] = {}
+
+    class Forecaster:
+        async def ask(self, function: str, arguments: dict[str, object]) -> dict[str, object]:
+            asked.update(arguments)
+            raise WorkerError("enough")
+
+        def close(self) -> None:
+            pass
+
+    for name in ("autoencoder-3", "forecaster-2", "forecaster-4"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+
+    async def body() -> None:
+        async with open_panel(tmp_path, "Generative Forecast") as (user, panel):
+            panel.forecaster = Forecaster()
+            (choice,) = user.find(marker="forecast-checkpoint", kind=ui.select).elements
+            assert choice.options == [NEWEST, "forecaster-4", "forecaster-2"]
+            choice.value = "forecaster-2"
+            user.find(marker="forecast").click()
+            await settle(user, "forecast-error", "enough")
+
+    asyncio.run(body())
+    assert asked["checkpoint"] == "forecaster-2"
+
+
+def test_each_layers_backend_is_listed_beside_the_run(tmp_path):
+    from tiny_run import tiny_config
+
+    config = tiny_config(tmp_path)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(asdict(config)))
+    record = {"stage": "forecaster", "step": 1, "steps": 4, "losses": {"loss": 1.0}}
+    layers = {"mid_block.attn1": "native", "mid_block.attn2": "sdpa"}
+    (directory / "metrics.jsonl").write_text(json.dumps({**record, "layers": layers}) + "\n")
+
+    async def body() -> None:
+        async with open_panel(tmp_path, "LDM4TS Training") as (user, panel):
+            panel.settings.run = "run"
+            for _ in range(100):
+                (table,) = user.find(marker="layers", kind=ui.table).elements
+                if table.rows:
+                    break
+                await asyncio.sleep(0.05)
+            assert table.rows == [
+                {"layer": f"forecaster: {name}", "backend": server}
+                for name, server in layers.items()
+            ]
 
     asyncio.run(body())
 
