@@ -1,0 +1,86 @@
+"""Draw the pictures of the front page: python -m benchmarks.figures: results/*.csv → docs/images."""
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.report import ROOT, read
+
+IMAGES = ROOT / "docs" / "images"
+PEERS = {"sdpa flash": "FlashAttention-2", "flex": "FlexAttention", "sdpa cudnn": "cuDNN"}
+COLORS = {
+    "FlashAttention-2": "0.75", "FlexAttention": "0.55", "cuDNN": "0.35", "ours": "tab:blue",
+}  # fmt: skip
+
+
+def draw_speed(axes: Axes, passes: str) -> None:
+    """Draw every shape's speed as a multiple of FlashAttention-2's; ours is the faster kernel."""
+    rows = [row for row in read("attention_speed") if row["pass"] == passes]
+    times = {
+        (row["shape"], row["backend"]): float(row["device_ms"]) for row in rows if row["device_ms"]
+    }
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    bars = {label: [times[shape, peer] for shape in shapes] for peer, label in PEERS.items()}
+    bars["ours"] = [min(times[shape, name] for name in ("native", "triton")) for shape in shapes]
+    base = bars["FlashAttention-2"]
+    for index, (label, found) in enumerate(bars.items()):
+        speeds = [reference / value for reference, value in zip(base, found, strict=True)]
+        places = [place + 0.2 * (index - 1.5) for place in range(len(shapes))]
+        axes.bar(places, speeds, width=0.2, label=label, color=COLORS[label])
+    axes.set_xticks(range(len(shapes)), shapes, rotation=35, ha="right", fontsize=8)
+    axes.set_ylabel(f"{passes}, × FlashAttention-2")
+    axes.axhline(1.0, color="0.8", linewidth=0.8, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_peaks(axes: Axes) -> None:
+    """Draw the peak of a training step of LDM4TS at batch 4 by image size and precision."""
+    rows = [
+        row
+        for row in read("vram_accuracy")
+        if row["part"] == "forecaster" and row["batch_size"] == "4" and row["px"] in ("224", "512")
+    ]
+    sets = {
+        ("default", "False"): ("default attention", "0.75"),
+        ("flash", "False"): ("ours", "tab:cyan"),
+        ("flash", "True"): ("ours, checkpointed", "tab:blue"),
+    }
+    groups = list(dict.fromkeys((row["px"], row["precision"]) for row in rows))
+    for index, (levers, (label, color)) in enumerate(sets.items()):
+        peaks = [
+            float(row["allocated_mib"]) / 1024
+            for group in groups
+            for row in rows
+            if (row["px"], row["precision"]) == group
+            and (row["backend"], row["gradient_checkpointing"]) == levers
+        ]
+        places = [place + 0.27 * (index - 1) for place in range(len(groups))]
+        bars = axes.bar(places, peaks, width=0.27, label=label, color=color)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.set_xticks(range(len(groups)), [f"{px} px, {precision}" for px, precision in groups])
+    axes.set_ylabel("peak of a training step, GiB")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, name: str) -> None:
+    figure.savefig(IMAGES / name, metadata={"Date": None})
+
+
+def main() -> None:
+    """Draw both pictures, the same bytes from the same results."""
+    matplotlib.rcParams["svg.hashsalt"] = "ldm4ts-kernels"
+    speed = Figure(figsize=(11, 6.5), layout="constrained")
+    for axes, passes in zip(speed.subplots(2, 1), ("forward", "forward+backward"), strict=True):
+        draw_speed(axes, passes)
+    speed.axes[0].legend(ncols=4, frameon=False, fontsize=9)
+    speed.suptitle("Attention on an H200, bf16, by shape B x H x N_q x N_k x D", fontsize=11)
+    save(speed, "attention_speed.svg")
+    peaks = Figure(figsize=(8, 3.6), layout="constrained")
+    draw_peaks(peaks.subplots())
+    peaks.axes[0].legend(frameon=False, fontsize=9)
+    peaks.suptitle("LDM4TS, guide preset, batch 4, on an H200", fontsize=11)
+    save(peaks, "training_peaks.svg")
+
+
+if __name__ == "__main__":
+    main()
