@@ -1,4 +1,4 @@
-"""Draw the pictures of the front page: python -m benchmarks.figures: results/*.csv → docs/images."""
+"""Draw the front page's pictures from results: python -m benchmarks.figures → docs/images."""
 
 import matplotlib
 from matplotlib.axes import Axes
