@@ -170,7 +170,9 @@ def choose(
     table = TABLES[stage][shared_memory(capability)]
     block_q, block_k, warps, stages = next(row for top, row in table.items() if padded <= top)
     if itemsize == 4:  # two warpgroups on 64 float32 rows read past their tile on an H200
-        block_q, block_k, warps, stages = max(16, block_q // 2), max(16, block_k // 2), 4, 1
+        shrink = 2 if padded < 128 else 4  # wider tiles spill
+        block_q, block_k = max(16, block_q // shrink), max(16, block_k // shrink)
+        warps, stages = 4, 1
     if masked:  # the tiles of the mask take shared memory, too
         block_k, stages = min(block_k, 64), max(1, stages - 1)
     short = max(16, triton.next_power_of_2(key_length))
