@@ -134,9 +134,13 @@ def start_at_16_bytes(*operands: Tensor) -> bool:
 
 
 def takes_tensor_maps(problem: Problem, strides: tuple[int, ...], aligned: bool) -> bool:
-    """Whether Hopper's copy engine can load such operands, and gains: long rows, 16-byte steps."""
+    """Whether Hopper's copy engine can load such operands, and gains: long rows, 16-byte steps.
+
+    A mask's own tiles take the shared memory that these tiles were measured with.
+    """
     return (
         aligned
+        and not problem.mask
         and problem.capability[0] == 9
         and problem.dtype.itemsize == 2
         and min(problem.query_length, problem.key_length) >= TMA_LENGTH
