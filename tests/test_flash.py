@@ -81,23 +81,31 @@ def test_large_shapes_are_as_accurate_as_plain_torch(shape, dtype, device, poiso
     compare(draw(shape, dtype, device), {})
 
 
+OPTIONS = [
+    {"is_causal": True},
+    {"is_causal": True, "bottom_right": True},
+    {"window": (10, 5)},
+    {"window": (None, 3)},
+    {"window": (4, None), "is_causal": True},
+    {"softcap": 2.0},
+    {"scale": -0.3},
+    {"scale": 1},
+]
+
+
 @pytest.mark.parametrize("lengths", [(70, 50), (50, 140), (33, 33)], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"is_causal": True},
-        {"is_causal": True, "bottom_right": True},
-        {"window": (10, 5)},
-        {"window": (None, 3)},
-        {"window": (4, None), "is_causal": True},
-        {"softcap": 2.0},
-        {"scale": -0.3},
-        {"scale": 1},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options_agree_with_the_reference(lengths, options, device, poison):
     compare(draw(Shape(1, 2, 1, *lengths, 16), torch.float32, device), options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 160])
+def test_options_agree_where_rows_are_long_enough_for_tensor_maps(
+    head_dim, options, device, poison
+):
+    compare(draw(Shape(1, 2, 1, 700, 640, head_dim), torch.bfloat16, device), options)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 40, 70), (2, 1, 40, 1), (1, 1, 1, 70), (40, 70), (70,)])
