@@ -31,13 +31,14 @@ from ldm4ts_kernels.kernels import (
     int8_backward,
     int8_forward,
     quantize,
+    row_terms,
 )
 from ldm4ts_kernels.kernels.problem import Problem
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
 HEAD_DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256, 512)
 SHARED_LIMIT_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
-MODULES = (flash_forward, flash_backward, quantize, int8_forward, int8_backward)
+MODULES = (flash_forward, row_terms, flash_backward, quantize, int8_forward, int8_backward)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TYPES = {
     torch.bfloat16: "*bf16",

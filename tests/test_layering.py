@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
     ("reference", "requirements", "graphs", "optimizers", "kernels.primitives", "kernels.tuning"),
     ("memory_trace", "kernels.problem", "kernels.flops", "kernels.launch"),
-    ("kernels.flash_forward", "kernels.quantize"),
+    ("kernels.flash_forward", "kernels.quantize", "kernels.row_terms"),
     ("kernels.flash_backward", "kernels.int8_forward"),
     ("kernels.flash", "kernels.int8_backward", "native"),
     ("kernels.int8",),

@@ -16,13 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldm4ts_kernels.kernels.flash_backward import (
-    load_row_terms,
-    part_strides,
-    row_terms,
-    split_queries,
-    summed_parts,
-)
+from ldm4ts_kernels.kernels.flash_backward import part_strides, split_queries, summed_parts
 from ldm4ts_kernels.kernels.flash_forward import key_range
 from ldm4ts_kernels.kernels.int8_forward import int8_flags
 from ldm4ts_kernels.kernels.launch import Launch
@@ -41,6 +35,7 @@ from ldm4ts_kernels.kernels.primitives import (
 )
 from ldm4ts_kernels.kernels.problem import Problem, common_step, strides_of
 from ldm4ts_kernels.kernels.quantize import Quantised
+from ldm4ts_kernels.kernels.row_terms import load_row_terms, row_terms
 
 ROW_STRIDES = ["stride_vn", "stride_don"]  # never constants: see int8_forward
 
