@@ -90,13 +90,10 @@ def _declines_triton(call: Call) -> str | None:
     if call.mask or call.is_causal or call.dtype not in HALF:
         return "is not yet measured with masks or in float32"
     length = min(call.query_length, call.key_length)
-    if call.needs_grad:
-        if 128 < call.head_dim <= 160 and length >= 4096:
-            return None
-        return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90, forward and backward"
-    if call.head_dim == 64 and length >= 16384:
+    wide = call.needs_grad and 128 < call.head_dim <= 160 and length >= 4096
+    if wide or (not call.needs_grad and call.head_dim == 64 and length >= 16384):
         return None
-    return "is measured at 0.8 to 1.0 of sdpa's speed on sm_90 from 1024 tokens on"
+    return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90"
 
 
 def _declines_int8(call: Call) -> str | None:
@@ -104,10 +101,7 @@ def _declines_int8(call: Call) -> str | None:
         return _declines_unmeasured(call)
     if call.needs_grad:
         return "is measured at 0.7 to 0.9 of triton's speed, exact, on sm_90 with a gradient"
-    return (
-        "overtakes triton, exact, on sm_90 at about 16000 tokens, and not sdpa at all head dims:"
-        " ask for it by name"
-    )
+    return "overtakes triton, exact, on sm_90 at about 16000 tokens: ask for it by name"
 
 
 def _native_device(call: Call) -> str | None:
