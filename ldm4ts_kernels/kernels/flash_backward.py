@@ -297,7 +297,10 @@ def _plan(
         ),
         (*strides[:18], *part_strides(problem, of_keys, splits), *of_mask, *problem.numbers(),
          rows_a_split),
-        {**shared, **config.constants(), "ONE_BLOCK": one_block, "HAS_DLSE": has_dlse},
+        {
+            **shared, **config.constants(), "TMA": config.tma, "ONE_BLOCK": one_block,
+            "HAS_DLSE": has_dlse,
+        },
         config.tma,
     )  # fmt: skip
     if one_block:
@@ -307,7 +310,7 @@ def _plan(
     queries = Launch(
         (blocks * problem.batch * problem.heads,),
         (*strides[:9], *strides[12:18], *of_mask, *problem.numbers()),
-        {**shared, **config.constants()},
+        {**shared, **config.constants(), "TMA": config.tma},
         config.tma,
     )
     return _Plan(keys, queries, splits)

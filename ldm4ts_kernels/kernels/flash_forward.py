@@ -159,6 +159,7 @@ def _plan(problem: Problem, strides: tuple[int, ...], aligned: bool) -> Launch:
     constants = {
         **problem.flags(),
         **config.constants(),
+        "TMA": config.tma,
         "SPECIALISE": config.specialise,
         "ONE_BLOCK": problem.key_length <= config.block_k,
         "STEP": common_step(strides[:12]),

@@ -65,9 +65,8 @@ def _int8_dkdv_kernel(
     H, groups, Q, K, scale, diagonal, left, right, rows_a_split,
     D: tl.constexpr, WIDTH: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    STEP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dK and dV of one block of keys over the queries of one split."""
     tl.static_assert(QUANT_ROWS % BLOCK_Q == 0, "a block of queries must have one scale")
@@ -155,9 +154,8 @@ def _int8_dq_kernel(
     H, groups, Q, K, scale, diagonal, left, right,
     D: tl.constexpr, WIDTH: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_DLSE: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_DLSE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dQ of one block of queries over the keys that they attend."""
     tl.static_assert(QUANT_ROWS % BLOCK_K == 0, "a block of keys must have one scale")
@@ -205,9 +203,8 @@ def _int8_dq_kernel(
             dq = accumulate(dq, ds, k, QK_1, PRECISION)
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)[:, None]
-        dlse = tl.where(
-            exponent[:, None] == INFINITY, 0.0, dlse
-        )  # a row that sees no key sends no gradient
+        # A row that sees no key sends no gradient.
+        dlse = tl.where(exponent[:, None] == INFINITY, 0.0, dlse)
         dq = _add_mean(dq, dlse, mean_ptr + kv_index * WIDTH, WIDTH, QK_0, QK_1)
     dq_ptr += batch * stride_dqb + head * stride_dqh
     dq = scale_parts(dq, scale, QK_1)

@@ -115,7 +115,7 @@ def int8_flags(problem: Problem) -> dict[str, int | bool | str]:
     """Return the compile-time flags that the INT8 kernels share."""
     exact = problem.flags()
     part_0, part_1 = int8_parts(problem.head_dim)
-    shared = ("D", "PART_0", "PART_1", "MASK", "SCALED", "HAS_LEFT", "HAS_RIGHT", "PRECISION")
+    shared = ("D", "PART_0", "PART_1", "MASK", "HAS_LEFT", "HAS_RIGHT", "PRECISION")
     return {name: exact[name] for name in shared} | {
         "WIDTH": stored_width(problem.head_dim),
         "QK_0": part_0,
@@ -145,6 +145,12 @@ def _plan(problem: Problem, strides: tuple[int, ...], aligned: bool) -> Launch:
     return Launch(
         (blocks * problem.batch * problem.heads,),
         (*strides, *problem.lengths(), problem.scale, *problem.band()),
-        {**int8_flags(problem), **config.constants(), "STEP": common_step(strides[:6])},
+        {
+            **int8_flags(problem),
+            **config.constants(),
+            "SCALED": problem.scaled,
+            "TMA": config.tma,
+            "STEP": common_step(strides[:6]),
+        },
         config.tma,
     )

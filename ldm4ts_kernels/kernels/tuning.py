@@ -24,12 +24,11 @@ class Config:
     tma: bool = False
     specialise: bool = False
 
-    def constants(self) -> dict[str, int | bool]:
-        """Return what a launch passes to the kernel and to Triton."""
+    def constants(self) -> dict[str, int]:
+        """Return what every launch passes to its kernel and to Triton."""
         return {
             "BLOCK_Q": self.block_q,
             "BLOCK_K": self.block_k,
-            "TMA": self.tma,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
