@@ -4,10 +4,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import ROOT, read
+from benchmarks.report import OWN, PEERS, ROOT, device_times, read
 
 IMAGES = ROOT / "docs" / "images"
-PEERS = {"sdpa flash": "FlashAttention-2", "flex": "FlexAttention", "sdpa cudnn": "cuDNN"}
+ORDER = ("sdpa flash", "flex", "sdpa cudnn")
 COLORS = {
     "FlashAttention-2": "0.75", "FlexAttention": "0.55", "cuDNN": "0.35", "ours": "tab:blue",
 }  # fmt: skip
@@ -15,13 +15,13 @@ COLORS = {
 
 def draw_speed(axes: Axes, passes: str) -> None:
     """Draw every shape's speed as a multiple of FlashAttention-2's; ours is the faster kernel."""
-    rows = [row for row in read("attention_speed") if row["pass"] == passes]
-    times = {
-        (row["shape"], row["backend"]): float(row["device_ms"]) for row in rows if row["device_ms"]
+    times = device_times(read("attention_speed"))
+    shapes = list(dict.fromkeys(shape for shape, _, _ in times))
+    names = {**{PEERS[peer]: (peer,) for peer in ORDER}, "ours": OWN}
+    bars = {
+        label: [min(float(times[shape, name, passes]) for name in found) for shape in shapes]
+        for label, found in names.items()
     }
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    bars = {label: [times[shape, peer] for shape in shapes] for peer, label in PEERS.items()}
-    bars["ours"] = [min(times[shape, name] for name in ("native", "triton")) for shape in shapes]
     base = bars["FlashAttention-2"]
     for index, (label, found) in enumerate(bars.items()):
         speeds = [reference / value for reference, value in zip(base, found, strict=True)]

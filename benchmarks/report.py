@@ -16,6 +16,8 @@ from benchmarks.measure import RESULTS
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "triton.md")
 Rows = list[dict[str, str]]
+PEERS = {"sdpa flash": "FlashAttention-2", "sdpa cudnn": "cuDNN", "flex": "FlexAttention"}
+OWN = ("native", "triton")  # our exact kernels
 
 
 def read(name: str) -> Rows:
@@ -71,9 +73,14 @@ def vram_accuracy(rows: Rows) -> list[str]:
     return [*lines, "", measured + "`python -m benchmarks.vram_accuracy --measure`.*"]
 
 
+def device_times(rows: Rows) -> dict[tuple[str, str, str], str]:
+    """Return the device ms of each (shape, backend, pass); empty where the backend refused."""
+    return {(row["shape"], row["backend"], row["pass"]): row["device_ms"] for row in rows}
+
+
 def attention_speed(rows: Rows) -> list[str]:
     """One line a shape: device ms of both passes by backend, and FlashAttention-2 ÷ ours."""
-    times = {(row["shape"], row["backend"], row["pass"]): row["device_ms"] for row in rows}
+    times = device_times(rows)
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     names = [
         name
@@ -106,17 +113,16 @@ def _ratio(theirs: str, ours: str) -> str:
 
 def attention_gains(rows: Rows) -> list[str]:
     """One line a shape: how many times faster our faster exact kernel is than each peer."""
-    times = {(row["shape"], row["backend"], row["pass"]): row["device_ms"] for row in rows}
-    peers = {"sdpa flash": "FlashAttention-2", "sdpa cudnn": "cuDNN", "flex": "FlexAttention"}
-    lines = [f"| B, H, N_q, N_k, D | ours | {' | '.join(peers.values())} |"]
-    lines += ["|---" * (len(peers) + 2) + "|"]
+    times = device_times(rows)
+    lines = [f"| B, H, N_q, N_k, D | ours | {' | '.join(PEERS.values())} |"]
+    lines += ["|---" * (len(PEERS) + 2) + "|"]
     for shape in dict.fromkeys(row["shape"] for row in rows):
-        ratios: dict[str, list[str]] = {peer: [] for peer in peers}
+        ratios: dict[str, list[str]] = {peer: [] for peer in PEERS}
         winners = []
         for each in ("forward", "forward+backward"):
-            ours = min(("native", "triton"), key=lambda name: float(times[shape, name, each]))
+            ours = min(OWN, key=lambda name: float(times[shape, name, each]))
             winners.append(ours)
-            for peer in peers:
+            for peer in PEERS:
                 ratios[peer].append(_ratio(times[shape, peer, each], times[shape, ours, each]))
         served = " / ".join(winners)
         cells = [f"{' / '.join(found)} ×" for found in ratios.values()]

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm4ts_kernels.requirements import Call
+
 
 class Shape(NamedTuple):
     """One attention problem: batch, query heads, key heads, query and key length, head dim."""
@@ -19,6 +21,25 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         return "x".join(map(str, self))
 
+
+CALL = Call(
+    device=torch.device("cpu"),
+    dtype=torch.float16,
+    batch=1,
+    heads=2,
+    kv_heads=2,
+    query_length=5,
+    key_length=7,
+    head_dim=64,
+    value_dim=64,
+    mask=None,
+    dropout=False,
+    is_causal=False,
+    needs_grad=False,
+    return_lse=False,
+    unit_stride=True,
+    default_stream=True,
+)
 
 # Small enough for the interpreter: every head-dim split, ragged lengths, one and many key blocks.
 SMALL = [

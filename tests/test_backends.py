@@ -11,28 +11,10 @@ import torch.nn.functional as F
 
 from ldm4ts_kernels import backends, requirements
 from ldm4ts_kernels.backends import CHAINS, FLASH_ATTN4, Arguments
-from ldm4ts_kernels.requirements import HALF, Call, Requires
-from tests.cases import Shape, draw
+from ldm4ts_kernels.requirements import HALF, Requires
+from tests.cases import CALL, Shape, draw
 
 CPU = torch.device("cpu")
-CALL = Call(
-    device=CPU,
-    dtype=torch.float16,
-    batch=1,
-    heads=2,
-    kv_heads=2,
-    query_length=5,
-    key_length=7,
-    head_dim=64,
-    value_dim=64,
-    mask=None,
-    dropout=False,
-    is_causal=False,
-    needs_grad=False,
-    return_lse=False,
-    unit_stride=True,
-    default_stream=True,
-)
 
 
 def arguments(**changes) -> Arguments:

@@ -12,27 +12,11 @@ pytest.importorskip("transformers", reason="needs transformers")
 from ldm4ts_kernels import accelerate_attention, backends, native, requirements
 from ldm4ts_kernels.attention import explain_call
 from ldm4ts_kernels.backends import CHAINS, NATIVE
-from ldm4ts_kernels.requirements import Call
+from tests import cases
 from tests.families import FAMILIES, build
 
-CALL = Call(
-    device=torch.device("cuda", 0),
-    dtype=torch.float16,
-    batch=2,
-    heads=8,
-    kv_heads=8,
-    query_length=4096,
-    key_length=4096,
-    head_dim=64,
-    value_dim=64,
-    mask=None,
-    dropout=False,
-    is_causal=False,
-    needs_grad=False,
-    return_lse=False,
-    unit_stride=True,
-    default_stream=True,
-)
+LONG = {"batch": 2, "heads": 8, "kv_heads": 8, "query_length": 4096, "key_length": 4096}
+CALL = cases.CALL._replace(device=torch.device("cuda", 0), **LONG)
 PRECISION = {row.name: name for name, chain in CHAINS.items() for row in chain}
 WHEELS = {
     "flash_attn": "flash_attn",
