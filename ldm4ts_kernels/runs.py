@@ -3,6 +3,7 @@
 config.json  the resolved TrainConfig        metrics.jsonl  one record a logged step
 data.json    the scaler of the training part  checkpoints/   <stage>-<step>/
 model/       the trained model                test_metrics.json
+.lock        the process that trains in it
 """
 
 import json
@@ -23,6 +24,7 @@ from ldm4ts_kernels.checkpoints import (
 )
 from ldm4ts_kernels.data import DataConfig, OptionError, Scaler
 from ldm4ts_kernels.optimizers import OPTIMIZERS, missing_8bit
+from ldm4ts_kernels.run_lock import LOCK
 from ldm4ts_kernels.vram import LEAN_LEVERS, LEVERS
 
 logger = logging.getLogger("ldm4ts_kernels")
@@ -332,7 +334,7 @@ def _is_foreign(directory: Path) -> bool:
     """Say whether something stands at directory that a run killed at its start cannot have left."""
     if not directory.is_dir():
         return directory.exists()
-    names = {path.name for path in directory.iterdir()} - {"checkpoints", "data.json"}
+    names = {path.name for path in directory.iterdir()} - {"checkpoints", "data.json", LOCK}
     return any(not name.startswith(".unfinished-") for name in names)
 
 

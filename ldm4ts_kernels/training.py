@@ -55,6 +55,7 @@ from ldm4ts_kernels.process import (
     memory_cap,
     stop_requests,
 )
+from ldm4ts_kernels.run_lock import hold
 from ldm4ts_kernels.runs import Run, TrainConfig, open_run
 from ldm4ts_kernels.training_log import StepLog, StepReport, TrainingError
 from ldm4ts_kernels.training_step import StageLoss, TrainingStep
@@ -124,7 +125,8 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
     2502.14887, algorithm 1) by AdamW under a cosine schedule. Writes config.output: see `runs`.
     on_step gets StepReports; if it returns True, the run stops as on Ctrl-C.
 
-    Raises OptionError for options or a directory that do not fit, DataError for the table,
+    Raises OptionError for options or a directory that do not fit, or in which another process
+    trains; DataError for the table,
     CheckpointError for a damaged checkpoint (each a ValueError); TrainingError for a loss that is
     not finite; TrainingInterrupted after Ctrl-C, SIGTERM or on_step's wish, with a checkpoint
     written. A second Ctrl-C does not wait for the step's end.
@@ -137,6 +139,7 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
         stop_requests() as stop,
         accelerator_of_one_run(config.device, config.precision) as accelerator,
         memory_cap(config.device, config.vram_gb),
+        hold(Path(config.output)) if accelerator.is_main_process else nullcontext(),
     ):
         set_seed(config.seed)
         run = open_run(config, splits.scaler)

@@ -22,7 +22,7 @@ LAYERS = (
     ("model",),
     ("model_memory",),
     ("vram", "data", "metrics", "averages", "batches"),
-    ("checkpoints", "process", "budget", "peers"),
+    ("checkpoints", "process", "budget", "peers", "run_lock"),
     ("runs", "evaluation", "plots", "training_step"),
     ("run_file", "training_log", "ladder"),
     ("training",),

@@ -2,15 +2,14 @@
 
 import json
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ldm4ts_kernels.data import OptionError
+from ldm4ts_kernels.run_lock import find_holder
 from ldm4ts_kernels.runs import TrainConfig, read_config
 
-SECONDS_AWAKE = 60  # since the last record: a run that nobody here started may still be training
 POINTS_SHOWN = 400  # of a curve; more would not be seen
 
 
@@ -29,12 +28,10 @@ class RunState:
 
     @property
     def state(self) -> str:
-        """Return "finished", "elsewhere" while another process writes, or "stopped"."""
-        if self.scores is not None:
-            return "finished"
-        log = self.directory / "metrics.jsonl"
-        written = log.stat().st_mtime if log.exists() else 0.0
-        return "elsewhere" if time.time() - written < SECONDS_AWAKE else "stopped"
+        """Return "elsewhere" while a process trains it, else "finished" or "stopped"."""
+        if find_holder(self.directory) is not None:
+            return "elsewhere"
+        return "stopped" if self.scores is None else "finished"
 
     @property
     def progress(self) -> float:
