@@ -21,6 +21,7 @@ from ldm4ts_kernels.requirements import (
     Requires,
     capability,
     constant,
+    is_hopper,
 )
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -60,8 +61,7 @@ def _triton_device(call: Call) -> str | None:
     return f"needs a cuda device, got {call.device.type}"
 
 
-# Measured on an NVIDIA H200, torch 2.11 (sdpa is cuDNN there), Triton 3.6, bf16, device time by
-# graph replay: benchmarks/results/attention_speed.csv.
+# Device time on an H200, bf16, where sdpa is cuDNN: benchmarks/results/attention_speed.csv.
 def _declines_unmeasured(call: Call) -> str | None:
     if call.device.type == "cuda":
         return "is not yet measured on this kind of GPU: ask for it by name"
@@ -69,7 +69,7 @@ def _declines_unmeasured(call: Call) -> str | None:
 
 
 def _declines_native(call: Call) -> str | None:
-    if capability(call.device) != (9, 0):
+    if not is_hopper(capability(call.device)):
         return _declines_unmeasured(call)
     if call.mask:
         return "is not yet measured with a mask"
@@ -85,7 +85,7 @@ def _declines_native(call: Call) -> str | None:
 
 
 def _declines_triton(call: Call) -> str | None:
-    if capability(call.device) != (9, 0):
+    if not is_hopper(capability(call.device)):
         return _declines_unmeasured(call)
     if call.mask or call.is_causal or call.dtype not in HALF:
         return "is not yet measured with masks or in float32"
@@ -97,7 +97,7 @@ def _declines_triton(call: Call) -> str | None:
 
 
 def _declines_int8(call: Call) -> str | None:
-    if capability(call.device) != (9, 0):
+    if not is_hopper(capability(call.device)):
         return _declines_unmeasured(call)
     if call.needs_grad:
         return "is measured at 0.7 to 0.9 of triton's speed, exact, on sm_90 with a gradient"
@@ -115,7 +115,7 @@ def _default_stream(call: Call) -> str | None:
 
 
 def _flash_attn4_head_dim(call: Call) -> str | None:
-    largest = 256 if capability(call.device) == (9, 0) else 128
+    largest = 256 if is_hopper(capability(call.device)) else 128
     if call.head_dim % 8 == 0 and call.head_dim <= largest:
         return None
     return f"takes head dims up to {largest} that 8 divides, got {call.head_dim}"

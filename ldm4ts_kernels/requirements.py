@@ -188,5 +188,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+@constant  # torch 2.11's Dynamo cannot compare a tuple that a constant function gave it
+def is_hopper(found: tuple[int, int]) -> bool:
+    """Return whether a compute capability is that of an H100 or H200."""
+    return found == (9, 0)
+
+
 def _sm(found: tuple[int, int]) -> str:
     return f"{found[0]}{found[1]}"
