@@ -36,8 +36,8 @@ def test_the_bands_of_the_fan_end_at_the_quantiles():
     assert by_name["history"] == [[-2, 1.0], [-1, 2.0], [0, 3.0]]
     assert by_name["median"] == [[0, 3.0], [1, 5.0], [5, 6.0]]
     assert floors[0] == [[0, 3.0], [1, 3.0], [5, 4.0]]
-    assert by_name["90% of draws"] == [[0, 0.0], [1, 4.0], [5, 4.0]]
-    assert by_name["50% of draws"] == [[0, 0.0], [1, 2.0], [5, 2.0]]
+    assert by_name["90%"] == [[0, 0.0], [1, 4.0], [5, 4.0]]
+    assert by_name["50%"] == [[0, 0.0], [1, 2.0], [5, 2.0]]
 
 
 def test_what_came_is_drawn_where_it_is_known():

@@ -43,7 +43,7 @@ def fan_chart(forecast: ShownForecast, target: int) -> dict[str, Any]:
     series = []
     for low in range(middle):
         share = forecast.levels[-1 - low] - forecast.levels[low]
-        series += _band(f"{share:.0%} of draws", ahead, opened[low], opened[-1 - low])
+        series += _band(f"{share:.0%}", ahead, opened[low], opened[-1 - low])
     past = zip(range(1 - len(history), 1), history.tolist(), strict=True)
     series.append(_line("history", list(past), GREY))
     series.append(_line("median", list(zip(ahead, opened[middle].tolist(), strict=True)), BLUE))
@@ -61,7 +61,14 @@ def _frame(x_name: str) -> dict[str, Any]:
         "animation": False,
         "textStyle": {"fontFamily": "inherit"},
         "grid": {"left": 8, "right": 16, "top": 40, "bottom": 24, "containLabel": True},
-        "legend": {"top": 0, "type": "scroll", "textStyle": {"color": GREY}},
+        "legend": {
+            "top": 0,
+            "type": "scroll",
+            "icon": "roundRect",
+            "itemWidth": 14,
+            "itemHeight": 8,
+            "textStyle": {"color": GREY},
+        },
         "tooltip": {"trigger": "axis", "confine": True},
         "xAxis": {
             "type": "value",

@@ -1,22 +1,21 @@
 """What the training tab says of the chosen data: a preview, the windows, or the loader's error."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
 from ldm4ts_kernels.data import DATASETS, DataConfig, DataError, OptionError, load_splits
 
-FIELDS = ("timestamp", "columns", "targets", "history", "horizons", "period")
 PREVIEW_ROWS = 5
 
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What the loader says; `field` is the widget that an error belongs to, "" for the table."""
+    """What the loader says; an error `name: ...` belongs to that field, any other to the table."""
 
     summary: str = ""
     error: str = ""
-    field: str = ""
 
 
 def check_data(config: DataConfig) -> DataCheck:
@@ -25,11 +24,8 @@ def check_data(config: DataConfig) -> DataCheck:
         return DataCheck(error="Upload a CSV file.")
     try:
         splits = load_splits(config)
-    except OptionError as error:
-        named = f"{error}".partition(":")[0]
-        return DataCheck(error=f"{error}", field=named if named in FIELDS else "")
-    except DataError as error:
-        return DataCheck(error=f"{error}")
+    except (OptionError, DataError) as error:
+        return DataCheck(error=_without_folder(f"{error}", config.path))
     series = splits.series
     parts = (splits.train, splits.validation, splits.test)
     train, validation, test = (f"{len(part):,}" for part in parts)
@@ -39,6 +35,11 @@ def check_data(config: DataConfig) -> DataCheck:
         f"{', '.join(series.target_names)} from {series.history} rows. "
         f"Windows: {train} training, {validation} validation, {test} test."
     )
+
+
+def _without_folder(message: str, path: str | None) -> str:
+    """Name an uploaded file as the user does."""
+    return message if path is None else message.replace(path, Path(path).name)
 
 
 def preview(path: str) -> pd.DataFrame | None:

@@ -11,12 +11,21 @@ from ldm4ts_kernels.panel.charts import fan_chart
 from ldm4ts_kernels.panel.run_state import find_runs
 from ldm4ts_kernels.panel.shown_forecast import ShownForecast
 from ldm4ts_kernels.panel.state import PanelState
-from ldm4ts_kernels.panel.uploads import LARGEST_UPLOAD, keep_upload
-from ldm4ts_kernels.panel.widgets import FIELD, card, quiet_button
+from ldm4ts_kernels.panel.uploads import keep_upload
+from ldm4ts_kernels.panel.widgets import (
+    ERROR,
+    FIELD,
+    HINT,
+    INPUT,
+    card,
+    csv_upload,
+    quiet_button,
+    show_errors,
+)
 from ldm4ts_kernels.panel.worker import WorkerError
 
 DEFAULT_SAMPLES = 100
-NEWEST = "the finished model, or the newest"
+NEWEST = "finished, or newest"
 
 
 class ForecastTab:
@@ -33,8 +42,8 @@ class ForecastTab:
 
     def _build_choice(self) -> None:
         def field(label: str, value: int | None, name: str, **options: Any) -> ui.number:
-            made = ui.number(label, value=value, step=1, **options).classes(FIELD).mark(name)
-            return made.props("outlined dense hide-bottom-space stack-label")
+            made = ui.number(label, value=value, step=1, **options).without_auto_validation()
+            return made.classes(FIELD).mark(name).props(INPUT)
 
         with ui.row().classes("w-full gap-3"):
             self.runs = ui.select([], label="Trained run").classes(FIELD).mark("forecast-run")
@@ -46,21 +55,23 @@ class ForecastTab:
                 "Sampling steps", None, "sampling-steps", min=1, placeholder="the model's"
             )
             self.hold_out = field("Hold out (rows)", 0, "hold-out", min=0)
+        self.fields = {
+            "samples": self.samples,
+            "sampling_steps": self.sampling_steps,
+            "hold_out": self.hold_out,
+        }
         with ui.expansion("Another series with the same columns").classes("w-full"):
-            self.upload = ui.upload(
-                label="CSV file", auto_upload=True, max_file_size=LARGEST_UPLOAD
-            ).on_upload(self._take_file)
-            self.upload.classes("w-full").props('accept=".csv,text/csv" flat bordered')
-            self.file = ui.label().classes(
-                "text-sm text-neutral-600 dark:text-neutral-400 break-all"
-            )
+            self.upload = csv_upload(self._take_file)
+            self.file = ui.label().classes(f"{HINT} break-all")
+            self.forget = quiet_button("Back to the run's own series", self._forget_file)
+            self.forget.visible = False
         with ui.row().classes("items-center gap-3"):
             self.button = ui.button("Forecast", on_click=self._forecast).mark("forecast")
             self.button.props("no-caps unelevated")
             self.spinner = ui.spinner(size="sm")
             self.spinner.visible = False
-        self.error = ui.label().classes("text-sm text-red-700 dark:text-red-400 break-words")
-        self.error.mark("forecast-error").props("role=alert")
+        self.hint = ui.label().classes(HINT).mark("forecast-hint")
+        self.error = ui.label().classes(ERROR).mark("forecast-error").props("role=alert")
 
     def _offer_runs(self) -> None:
         names = find_runs(self.panel.root)
@@ -72,26 +83,25 @@ class ForecastTab:
             chosen = self.checkpoint.value if self.checkpoint.value in found else NEWEST
             self.checkpoint.set_options([NEWEST, *found], value=chosen)
         self.button.set_enabled(bool(names) and not self.spinner.visible)
-        if not names and not self.error.text:
-            self.error.classes(replace="text-sm text-neutral-600 dark:text-neutral-400")
-            self.error.text = "No run yet: train one in the next tab."
-        elif names and self.error.text.startswith("No run yet"):
-            self.error.text = ""
+        self.hint.text = "" if names else "No run yet: train one in the next tab."
 
     async def _take_file(self, event: events.UploadEventArguments) -> None:
         self.path = await keep_upload(event.file, self.panel.root)
         self.upload.reset()
         self.file.text = f"Forecasting {event.file.name}"
+        self.forget.visible = True
+
+    def _forget_file(self) -> None:
+        self.path, self.file.text, self.forget.visible = None, "", False
 
     async def _forecast(self) -> None:
-        self.error.text = ""
-        self.error.classes(replace="text-sm text-red-700 dark:text-red-400 break-words")
+        show_errors(self.fields, "", self.error)
         self.spinner.visible = True
         self.button.set_enabled(False)
         try:
             made = await self.panel.forecaster.ask("forecast", self._arguments())
         except (OptionError, WorkerError) as error:
-            self.error.text = f"{error}"
+            show_errors(self.fields, f"{error}", self.error)
         else:
             self._show(ShownForecast(**made))
         finally:
@@ -116,8 +126,8 @@ class ForecastTab:
         self.result.clear()
         with self.result:
             with card(made.title):
-                for target in range(len(made.names)):
-                    ui.label(made.names[target]).classes("text-sm font-medium")
+                for target, name in enumerate(made.names):
+                    ui.label(f"{name}; the bands hold so many of the draws").classes("text-sm")
                     ui.echart(fan_chart(made, target)).classes("w-full h-72").mark("fan")
             with ui.element("div").classes("w-full grid grid-cols-1 xl:grid-cols-2 gap-4"):
                 with card("Quantiles"):

@@ -6,10 +6,17 @@ from nicegui import background_tasks, ui
 
 from ldm4ts_kernels.data import OptionError
 from ldm4ts_kernels.doctor import BackendFinding
+from ldm4ts_kernels.panel.estimates import Question
 from ldm4ts_kernels.panel.memory_bar import MemoryBar
 from ldm4ts_kernels.panel.settings import ATTENTION, CARDS_GB
 from ldm4ts_kernels.panel.state import PanelState
-from ldm4ts_kernels.panel.widgets import card, choice, number, quiet_button
+from ldm4ts_kernels.panel.widgets import (
+    card,
+    choice,
+    number,
+    quiet_button,
+    show_errors,
+)
 from ldm4ts_kernels.panel.worker import WorkerError
 from ldm4ts_kernels.vram import LARGEST_BATCH, PRECISIONS
 
@@ -28,8 +35,9 @@ class MemoryTab:
     def __init__(self, panel: PanelState) -> None:
         self.panel, self.settings = panel, panel.settings
         self.cards: dict[int, tuple[ui.label, ui.button]] = {}
+        self.fields: dict[str, Any] = {}
         self.offers: dict[ui.button, dict[str, Any]] = {}  # settings that a click takes
-        with ui.element("div").classes("w-full grid grid-cols-1 lg:grid-cols-2 gap-4"):
+        with ui.element("div").classes("w-full grid grid-cols-1 lg:grid-cols-2 gap-4 items-start"):
             with card("Settings"):
                 self._build_controls()
             with card("Estimated VRAM of training"):
@@ -40,27 +48,22 @@ class MemoryTab:
 
     def _build_controls(self) -> None:
         with ui.row().classes("w-full gap-3"):
-            choice("Attention backend", self.settings, "attention", ATTENTION).on_value_change(
-                self.refresh
-            )
-            choice("Model preset", self.settings, "preset", PRESETS).on_value_change(
-                self._change_preset
-            )
-            choice("Precision", self.settings, "precision", list(PRECISIONS)).on_value_change(
-                self.refresh
-            )
-            choice("Optimizer", self.settings, "optimizer", OPTIMIZER_LABELS).on_value_change(
-                self.refresh
-            )
-            choice("Weights", self.settings, "weights", list(PRECISIONS)).on_value_change(
-                self.refresh
-            )
-            for label, name, options in (
+            for label, name, choices in (
+                ("Attention backend", "attention", ATTENTION),
+                ("Model preset", "preset", PRESETS),
+                ("Precision", "precision", list(PRECISIONS)),
+                ("Optimizer", "optimizer", OPTIMIZER_LABELS),
+                ("Weights", "weights", list(PRECISIONS)),
+            ):
+                self.fields[name] = choice(label, self.settings, name, choices)
+            for label, name, limits in (
                 ("Batch size", "batch_size", {"min": 1, "max": LARGEST_BATCH, "step": 1}),
                 ("Image size (px)", "image_size", {"min": 16, "max": 1024, "step": 16}),
                 ("Card (GB of VRAM)", "card_gb", {"min": 1, "max": 512, "step": 1}),
             ):
-                number(label, self.settings, name, **options).on_value_change(self.refresh)
+                self.fields[name] = number(label, self.settings, name, **limits)
+        for name, field in self.fields.items():
+            field.on_value_change(self._change_preset if name == "preset" else self.refresh)
         with ui.row().classes("w-full gap-3 items-center"):
             checkpointing = ui.switch("Gradient checkpointing").mark("gradient_checkpointing")
             checkpointing.bind_value(self.settings, "gradient_checkpointing")
@@ -114,26 +117,40 @@ class MemoryTab:
         """Show the estimate of the current settings: now if it is known, else when traced."""
         try:
             question, batch = self.settings.estimate_question(), self.settings.batch()
+            self.settings.check_levers()
         except OptionError as error:
+            show_errors(self.fields, f"{error}", self.verdict)
             self._say("–", f"{error}", BAD)
             return
+        show_errors(self.fields, "", self.verdict)
         known = self.panel.estimates.look_up(question)
         if known is not None:
             self._show(known[str(batch)])
         else:
-            self._say("…", "Tracing this model for the first time: some seconds.", PLAIN)
+            self._say("…", "Tracing this model for the first time, which may take a minute.", PLAIN)
             self.spinner.visible = True
             background_tasks.create(self._trace(question))
         background_tasks.create(self._show_cards())
 
-    async def _trace(self, question: Any) -> None:
+    async def _trace(self, question: Question) -> None:
+        error = ""
         try:
             await self.panel.estimates.ask(question)
-        except WorkerError as error:
-            self._say("–", f"{error}", BAD)
-            return
-        if not self.total.is_deleted and question == self.settings.estimate_question():
+        except WorkerError as failed:
+            error = f"{failed}"
+        if self.total.is_deleted or question != self._question():
+            return  # the user went on
+        if error:
+            self._say("–", error, BAD)
+        else:
             self.refresh()
+
+    def _question(self) -> Question | None:
+        """Return what is asked now; None while a field is wrong."""
+        try:
+            return self.settings.estimate_question()
+        except OptionError:
+            return None
 
     def _say(self, total: str, verdict: str, color: str) -> None:
         self.total.text, self.verdict.text = total, verdict
@@ -165,10 +182,17 @@ class MemoryTab:
             self.lever.text = "Looking for what would make it fit …"
             background_tasks.create(self._show_lever(card_gb, estimate["batch_size"]))
 
+    async def _ask(self, question: Question) -> dict[str, Any]:
+        """Return a recommendation, or why there is none."""
+        try:
+            return await self.panel.estimates.ask(question)
+        except WorkerError as error:
+            return {"nothing_fits": f"{error}"}
+
     async def _show_lever(self, card_gb: float, batch: int) -> None:
         """Say the first settings that fit the card, as `ldm4ts recommend` finds them."""
         question = self.settings.card_question(card_gb, batch)
-        found = await self.panel.estimates.ask(question)
+        found = await self._ask(question)
         now = self.settings.card_gb, self.settings.batch_size
         if self.lever.is_deleted or now != (card_gb, batch):
             return  # the user went on
@@ -193,7 +217,7 @@ class MemoryTab:
             if self.panel.estimates.look_up(question) is None:
                 label.text = "tracing …"
                 button.set_enabled(False)
-            found = await self.panel.estimates.ask(question)
+            found = await self._ask(question)
             if label.is_deleted or question != self.settings.card_question(card_gb):
                 return  # another model by now
             if "nothing_fits" in found:

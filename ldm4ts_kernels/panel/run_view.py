@@ -6,7 +6,7 @@ from ldm4ts_kernels.data import OptionError
 from ldm4ts_kernels.panel.charts import loss_chart
 from ldm4ts_kernels.panel.run_state import RunState, find_runs
 from ldm4ts_kernels.panel.state import PanelState
-from ldm4ts_kernels.panel.widgets import FIELD, card, quiet_button
+from ldm4ts_kernels.panel.widgets import ERROR, FIELD, HINT, card, quiet_button
 
 COLORS = {
     "running": "primary",
@@ -33,7 +33,12 @@ class RunView:
             # Not bound to the setting: a select refuses a run that it has not heard of yet.
             self.runs = ui.select([], label="Run", on_change=self._choose).mark("run")
             self.runs.classes(FIELD).props("outlined dense options-dense")
-            self.chip = ui.badge("idle").mark("state").props("role=status").classes("text-sm p-2")
+            self.chip = (
+                ui.badge("idle", color="grey-8")
+                .mark("state")
+                .props("role=status")
+                .classes("text-sm p-2")
+            )
         with ui.row().classes("gap-2"):
             self.pause = quiet_button("Pause", self._pause).mark("pause")
             self.stop = quiet_button("Stop", self._stop).mark("stop")
@@ -41,9 +46,7 @@ class RunView:
         self.progress = ui.linear_progress(0, show_value=False).props("rounded size=10px")
         self.where = ui.label().classes("text-sm").mark("where")
         self.facts = ui.element("div").classes("w-full grid grid-cols-2 gap-x-6 gap-y-1 text-sm")
-        self.error = ui.label().classes(
-            "text-sm text-red-700 dark:text-red-400 whitespace-pre-wrap break-words"
-        )
+        self.error = ui.label().classes(f"{ERROR} whitespace-pre-wrap")
         self.error.mark("run-error").props("role=alert")
         self.curve_title = ui.label("Loss").classes("text-sm font-medium")
         self.chart = ui.echart({}).classes("w-full h-64").mark("loss")
@@ -52,7 +55,7 @@ class RunView:
         with ui.expansion("Attention, layer by layer").classes("w-full") as self.layers:
             columns = [
                 {"name": name, "label": name, "field": name, "align": "left"}
-                for name in ("layer", "backend")
+                for name in ("backend", "layer")
             ]
             self.served = ui.table(rows=[], columns=columns, pagination=10).mark("layers")
             self.served.classes("w-full").props("dense flat bordered")
@@ -67,7 +70,7 @@ class RunView:
         self._offer_runs()
         shown = self.panel.shown
         self.chip.text = state
-        self.chip.props(f"color={COLORS.get(state, 'grey')}")
+        self.chip.props(f"color={COLORS.get(state, 'grey-8')}")
         ours = self.settings.run == self.panel.job.name
         self.pause.set_enabled(ours and state == "running")
         self.stop.set_enabled(ours and state in ("running", "paused"))
@@ -101,7 +104,7 @@ class RunView:
         self.where.text = describe_position(shown, state)
         with self.facts:
             for name, value in describe_facts(shown, self.panel.estimate_of(shown)).items():
-                ui.label(name).classes("text-neutral-600 dark:text-neutral-400")
+                ui.label(name).classes(HINT)
                 ui.label(value).mark(f"fact-{name}")
         curves = shown.curve("autoencoder"), shown.curve("forecaster")
         if any(curves):

@@ -30,6 +30,13 @@ STYLE = """
 .nicegui-content { padding: 0; }
 .q-tab { text-transform: none; }
 :focus-visible { outline: 2px solid #3b82f6; outline-offset: 2px; }
+.body--dark { color-scheme: dark; }
+body .q-btn.disabled { opacity: 0.45 !important; }
+body .q-field__messages { font-size: 12px; line-height: 1.3; overflow-wrap: anywhere; }
+.body--dark .q-field--error { --q-negative: #f87171; }
+.csv-upload .q-uploader__header { display: none; }
+.csv-upload .q-uploader__list { min-height: 36px; padding: 8px; }
+.csv-upload .q-uploader__list:empty::before { content: "or drop it here"; opacity: 0.7; }
 """
 
 

@@ -8,6 +8,7 @@ from nicegui import binding
 from ldm4ts_kernels.data import DATASETS, DataConfig, OptionError
 from ldm4ts_kernels.panel.estimates import Question, about_card, about_estimate
 from ldm4ts_kernels.run_file import parse_horizons, parse_names
+from ldm4ts_kernels.runs import TrainConfig
 from ldm4ts_kernels.vram import LARGEST_BATCH
 
 # The original guide's names for attention_backend, in its order.
@@ -102,25 +103,32 @@ class Settings:
             name: _optional(name, getattr(self, name)) for name in ("steps", "autoencoder_steps")
         }
         pixels = self._pixels()[0]
+        self.check_levers()
         return {
             "output": output,
             "data": data,
+            **self._levers(),
+            "model_fields": {"image_size": [pixels, pixels]},
+            **{name: count for name, count in counts.items() if count is not None},
+        }
+
+    def check_levers(self) -> None:
+        """Raise OptionError, as training will, for a lever that another one excludes."""
+        TrainConfig(**self._levers())
+
+    def _levers(self) -> dict[str, Any]:
+        on = bool(self.optimizer_in_backward)
+        return {
             "preset": self.preset,
             "attention_backend": self.attention,
             "checkpointing": self.mode(),
             "optimizer": self.optimizer,
             "weights": self.weights,
-            **self._in_backward(),
+            "optimizer_in_backward": on,
+            **({"gradient_clip": 0.0} if on else {}),  # a norm of all gradients is never known
             "precision": self.precision,
             "batch_size": self.batch(),
-            "model_fields": {"image_size": [pixels, pixels]},
-            **{name: count for name, count in counts.items() if count is not None},
         }
-
-    def _in_backward(self) -> dict[str, Any]:
-        """Return the switch with what it excludes: a norm of all gradients is never known."""
-        on = bool(self.optimizer_in_backward)
-        return {"optimizer_in_backward": on, **({"gradient_clip": 0.0} if on else {})}
 
     def _pixels(self) -> tuple[int, int]:
         pixels = _whole("image_size", self.image_size, 16, 1024)

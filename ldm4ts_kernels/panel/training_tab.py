@@ -1,6 +1,8 @@
 """The tab LDM4TS Training: choose data, start, pause, stop and resume, and watch the run."""
 
 import asyncio
+from pathlib import Path
+from typing import Any
 
 from nicegui import events, ui
 
@@ -8,8 +10,17 @@ from ldm4ts_kernels.data import DATASETS, OptionError
 from ldm4ts_kernels.panel.data_check import DataCheck, check_data, preview
 from ldm4ts_kernels.panel.run_view import RunView
 from ldm4ts_kernels.panel.state import PanelState
-from ldm4ts_kernels.panel.uploads import LARGEST_UPLOAD, keep_upload
-from ldm4ts_kernels.panel.widgets import card, choice, number, show_error, text
+from ldm4ts_kernels.panel.uploads import keep_upload
+from ldm4ts_kernels.panel.widgets import (
+    ERROR,
+    HINT,
+    card,
+    choice,
+    csv_upload,
+    number,
+    show_errors,
+    text,
+)
 
 DATA_LABELS = {
     "sp500": "S&P 500, daily (built in)",
@@ -40,11 +51,9 @@ class TrainingTab:
         choice("Data set", self.settings, "data", labels).classes("sm:w-full").on_value_change(
             self.check
         )
-        self.upload = ui.upload(
-            label="CSV file", auto_upload=True, max_file_size=LARGEST_UPLOAD
-        ).on_upload(self._take_file)
-        self.upload.classes("w-full").props('accept=".csv,text/csv" flat bordered').mark("upload")
-        self.file = ui.label().classes("text-sm text-neutral-600 dark:text-neutral-400 break-all")
+        with ui.column().classes("w-full gap-1") as self.own_file:
+            self.upload = csv_upload(self._take_file).mark("upload")
+            self.file = ui.label().classes(f"{HINT} break-all")
         with ui.row().classes("w-full gap-3"):
             fields = (
                 text("Timestamp column", self.settings, "timestamp"),
@@ -59,50 +68,39 @@ class TrainingTab:
         for field in fields:
             field.props("debounce=300").on_value_change(self.check)
         self.summary = ui.label().classes("text-sm").mark("data-summary").props("role=status")
-        self.problem = (
-            ui.label()
-            .classes("text-sm text-red-700 dark:text-red-400 break-words")
-            .mark("data-error")
-        )
+        self.problem = ui.label().classes(ERROR).mark("data-error").props("role=alert")
         self.preview = ui.element("div").classes("w-full overflow-x-auto")
 
     def _build_run(self) -> None:
         with ui.row().classes("w-full gap-3"):
-            text("Name of the run", self.settings, "name")
-            number("Steps", self.settings, "steps", min=1, step=1, placeholder="the preset's")
-            number(
-                "Autoencoder steps",
-                self.settings,
-                "autoencoder_steps",
-                min=1,
-                step=1,
-                placeholder="the preset's",
-            )
+            self.run_fields: dict[str, Any] = {
+                "name": text("Name of the run", self.settings, "name")
+            }
+            for label, name in (("Steps", "steps"), ("Autoencoder steps", "autoencoder_steps")):
+                self.run_fields[name] = number(
+                    label, self.settings, name, min=1, step=1, placeholder="the preset's"
+                )
         ui.label(
             "Attention, checkpointing, precision, batch and image size are those of Memory "
             "Optimization."
-        ).classes("text-sm text-neutral-600 dark:text-neutral-400")
+        ).classes(HINT)
         self.start = ui.button("Start training", on_click=self._start).mark("start")
         self.start.props("no-caps unelevated")
-        self.start_error = (
-            ui.label().classes("text-sm text-red-700 dark:text-red-400").mark("start-error")
-        )
+        self.start_error = ui.label().classes(ERROR).mark("start-error").props("role=alert")
 
     async def check(self) -> None:
         """Load the data as training will, and put the loader's error beside its field."""
         self.checks += 1
         this = self.checks
         needs_file = DATASETS[self.settings.data].needs_path
-        self.upload.visible = self.file.visible = needs_file
-        self.file.text = self.settings.data_path
+        self.own_file.visible = needs_file
+        self.file.text = Path(self.settings.data_path).name if self.settings.data_path else ""
         self._show_defaults()
         found = await self._load()
         if this != self.checks:
             return  # the user went on
-        for name, field in self.fields.items():
-            show_error(field, found.error if name == found.field else "")
+        show_errors(self.fields, found.error, self.problem)
         self.summary.text = found.summary
-        self.problem.text = "" if found.field else found.error
         self._show_preview(self.settings.data_path if needs_file else "")
 
     def _show_defaults(self) -> None:
@@ -126,7 +124,7 @@ class TrainingTab:
         try:
             config = self.settings.data_config()
         except OptionError as error:
-            return DataCheck(error=f"{error}", field=f"{error}".partition(":")[0])
+            return DataCheck(error=f"{error}")
         return await asyncio.to_thread(check_data, config)
 
     def _show_preview(self, path: str) -> None:
@@ -152,8 +150,8 @@ class TrainingTab:
             options = self.settings.run_options(str(self.panel.root / name))
             self.panel.job.start(name, options)
         except OptionError as error:
-            self.start_error.text = f"{error}"
+            show_errors(self.run_fields, f"{error}", self.start_error)
             return
-        self.start_error.text = ""
+        show_errors(self.run_fields, "", self.start_error)
         self.settings.run = name
         self.view.refresh()

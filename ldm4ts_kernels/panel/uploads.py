@@ -6,8 +6,6 @@ from pathlib import Path
 
 from nicegui.elements.upload_files import FileUpload
 
-LARGEST_UPLOAD = 512 * 2**20  # bytes
-
 
 async def keep_upload(file: FileUpload, root: Path) -> str:
     """Write the file under root/.panel/data and return its absolute path.
