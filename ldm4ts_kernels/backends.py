@@ -7,13 +7,11 @@ backend, add a row; nothing else branches on a backend's name.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from ldm4ts_kernels import native
+from ldm4ts_kernels import native, wheels
 from ldm4ts_kernels.requirements import (
     HALF,
     HALF_OR_SINGLE,
@@ -23,23 +21,10 @@ from ldm4ts_kernels.requirements import (
     constant,
     is_hopper,
 )
+from ldm4ts_kernels.wheels import Arguments, Result
 
-Result = Tensor | tuple[Tensor, Tensor]
 # What the adapter passes: its early versions return the LSE unasked, and know no such keyword.
 FLASH_ATTN4_KEYWORDS = frozenset({"softmax_scale", "causal", "deterministic", "return_lse"})
-
-
-class Arguments(NamedTuple):
-    """The tensors and numbers of one call, as every adapter receives them."""
-
-    query: Tensor  # (B, H, Q, D)
-    key: Tensor  # (B, G, K, D)
-    value: Tensor  # (B, G, K, E)
-    attn_mask: Tensor | None  # broadcasts to (B, H, Q, K)
-    dropout_p: float
-    is_causal: bool
-    scale: float | None
-    return_lse: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,84 +166,6 @@ def _triton_int8(arguments: Arguments) -> Result:
     )
 
 
-def _flash_attn(arguments: Arguments) -> Result:
-    from flash_attn import flash_attn_func
-
-    query, key, value, _, dropout_p, is_causal, scale, return_lse = arguments
-    result = flash_attn_func(
-        query.transpose(1, 2),  # the wheel's layout is (B, Q, H, D)
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        dropout_p=dropout_p,
-        softmax_scale=scale,
-        causal=is_causal,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        return_attn_probs=return_lse,
-    )
-    if return_lse:
-        return result[0].transpose(1, 2), result[1]
-    return result.transpose(1, 2)
-
-
-def _flash_attn4(arguments: Arguments) -> Result:
-    from flash_attn.cute import flash_attn_func
-
-    query, key, value, _, _, is_causal, scale, return_lse = arguments
-    with _device_of(arguments):
-        out, lse = flash_attn_func(
-            query.transpose(1, 2),  # its layout is (B, Q, H, D)
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            softmax_scale=scale,
-            causal=is_causal,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            return_lse=return_lse,
-        )
-    return (out.transpose(1, 2), lse) if return_lse else out.transpose(1, 2)
-
-
-def _sageattention(arguments: Arguments) -> Result:
-    from sageattention import sageattn
-
-    # 1.x subtracts the token mean of the key in place, in the caller's tensor: smooth a copy here.
-    key = arguments.key - arguments.key.mean(dim=2, keepdim=True)
-    with _device_of(arguments):
-        return sageattn(
-            arguments.query,
-            key,
-            arguments.value,
-            tensor_layout="HND",
-            is_causal=arguments.is_causal,
-            sm_scale=_scale(arguments),
-            smooth_k=False,
-        )
-
-
-def _sageattention2(arguments: Arguments) -> Result:
-    from sageattention import sageattn
-
-    # `sageattn` swallows keywords that it does not know: only those of its signature are passed.
-    with _device_of(arguments):
-        return sageattn(
-            arguments.query,
-            arguments.key,
-            arguments.value,
-            tensor_layout="HND",
-            is_causal=arguments.is_causal,
-            sm_scale=_scale(arguments),
-            return_lse=arguments.return_lse,
-        )
-
-
-def _device_of(arguments: Arguments) -> torch.cuda.device:
-    """Make the tensors' device the current one, for wheels that launch on whichever is current."""
-    return torch.cuda.device(arguments.query.get_device())
-
-
-def _scale(arguments: Arguments) -> float:
-    return arguments.query.shape[-1] ** -0.5 if arguments.scale is None else arguments.scale
-
-
 def _sdpa(arguments: Arguments) -> Result:
     query, key, value, attn_mask, dropout_p, is_causal, scale, _ = arguments
     return F.scaled_dot_product_attention(
@@ -306,7 +213,7 @@ FLASH_ATTN = Backend(
         any_stride=False,
         extra=(_no_keys, _no_queries),
     ),
-    _flash_attn,
+    wheels.flash_attn,
 )
 TRITON = Backend(
     "triton",
@@ -335,7 +242,7 @@ FLASH_ATTN4 = Backend(
         any_stride=False,
         extra=(_no_keys, _no_queries, _flash_attn4_head_dim, _flash_attn4_version),
     ),
-    _flash_attn4,
+    wheels.flash_attn4,
     declines=_declines_unmeasured,
 )
 TRITON_INT8 = Backend(
@@ -370,7 +277,7 @@ SAGEATTENTION2 = Backend(
         any_stride=False,
         extra=(_no_keys, _no_queries, _default_stream),
     ),
-    _sageattention2,
+    wheels.sageattention2,
 )
 SAGEATTENTION = Backend(
     "sageattention",
@@ -390,7 +297,7 @@ SAGEATTENTION = Backend(
         any_stride=False,
         extra=(_no_keys, _no_queries),
     ),
-    _sageattention,
+    wheels.sageattention,
 )
 SDPA = Backend("sdpa", Requires(lse=False), _sdpa)
 

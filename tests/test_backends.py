@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm4ts_kernels import backends, requirements
+from ldm4ts_kernels import backends, requirements, wheels
 from ldm4ts_kernels.backends import CHAINS, FLASH_ATTN4, Arguments
 from ldm4ts_kernels.requirements import HALF, Requires
 from tests.cases import CALL, Shape, draw
@@ -95,9 +95,7 @@ def test_flash_attn_is_given_its_own_layout(wheel):
 
     calls = wheel("flash_attn", "flash_attn_func", attend)
     given = arguments(scale=0.125)
-    torch.testing.assert_close(
-        backends._flash_attn(given), F.scaled_dot_product_attention(*given[:3])
-    )
+    torch.testing.assert_close(wheels.flash_attn(given), F.scaled_dot_product_attention(*given[:3]))
     ((query, _, _), options) = calls[0]
     assert query.shape == (1, 5, 2, 64)
     assert options["softmax_scale"] == 0.125
@@ -105,7 +103,7 @@ def test_flash_attn_is_given_its_own_layout(wheel):
 
 def test_flash_attn_returns_the_lse_beside_the_output(wheel):
     wheel("flash_attn", "flash_attn_func", lambda q, k, v: (q, torch.zeros(1, 2, 5), None))
-    out, lse = backends._flash_attn(arguments(return_lse=True))
+    out, lse = wheels.flash_attn(arguments(return_lse=True))
     assert out.shape == (1, 2, 5, 64)
     assert lse.shape == (1, 2, 5)
 
@@ -142,7 +140,7 @@ def flash_attn4_keywords():
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_flash_attn4_is_given_its_own_layout_and_returns_ours(flash_attn4, return_lse):
     given = arguments(scale=0.25, return_lse=return_lse)
-    result = backends._flash_attn4(given)
+    result = wheels.flash_attn4(given)
     out = result[0] if return_lse else result
     torch.testing.assert_close(out, F.scaled_dot_product_attention(*given[:3], scale=0.25))
     assert flash_attn4 == [((1, 5, 2, 64), 0.25, False, False)]
@@ -214,7 +212,7 @@ def test_sageattention_1_does_not_change_the_callers_key(wheel):
     given = arguments()
     before = given.key.detach().clone()
     with torch.no_grad():
-        backends._sageattention(given)
+        wheels.sageattention(given)
     assert torch.equal(given.key, before)
     ((_, key, _), options) = calls[0]
     assert key.mean(2).abs().max() < 1e-6
@@ -226,7 +224,7 @@ def test_sageattention_1_does_not_change_the_callers_key(wheel):
 def test_sageattention_2_is_given_only_keywords_of_its_signature(wheel):
     calls = wheel("sageattention", "sageattn", lambda query, key, value: query)
     with torch.no_grad():
-        backends._sageattention2(arguments(scale=0.5))
+        wheels.sageattention2(arguments(scale=0.5))
     assert set(calls[0][1]) == {"tensor_layout", "is_causal", "sm_scale", "return_lse"}
     assert calls[0][1]["sm_scale"] == 0.5
 
@@ -234,9 +232,9 @@ def test_sageattention_2_is_given_only_keywords_of_its_signature(wheel):
 @pytest.mark.parametrize(
     ("module", "function", "adapter"),
     [
-        ("sageattention", "sageattn", backends._sageattention),
-        ("sageattention", "sageattn", backends._sageattention2),
-        ("flash_attn.cute", "flash_attn_func", backends._flash_attn4),
+        ("sageattention", "sageattn", wheels.sageattention),
+        ("sageattention", "sageattn", wheels.sageattention2),
+        ("flash_attn.cute", "flash_attn_func", wheels.flash_attn4),
     ],
 )
 def test_a_wheel_that_launches_on_the_current_device_runs_on_that_of_its_tensors(

@@ -11,7 +11,7 @@ LAYERS = (
     ("kernels.flash_forward", "kernels.quantize", "kernels.row_terms"),
     ("kernels.flash_backward", "kernels.int8_forward"),
     ("kernels.flash", "kernels.int8_backward", "native"),
-    ("kernels.int8",),
+    ("kernels.int8", "wheels"),
     ("backends",),
     ("attention", "operators"),
     ("plugged_layer", "sdpa_override", "checkpointing"),
