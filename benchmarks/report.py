@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.measure import RESULTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "triton.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "triton.md", ROOT / "docs" / "accuracy.md")
 Rows = list[dict[str, str]]
 PEERS = {"sdpa flash": "FlashAttention-2", "sdpa cudnn": "cuDNN", "flex": "FlexAttention"}
 OWN = ("native", "triton")  # our exact kernels
@@ -131,15 +131,16 @@ def attention_gains(rows: Rows) -> list[str]:
 
 
 def accuracy(rows: Rows) -> list[str]:
-    """One line a head dim, deviation and backend, in bf16: relative L2 and cosine."""
+    """One line a head dim, deviation and backend, in bf16: relative errors and the worst cosine."""
     names = ("out", "dq", "dk", "dv")
-    lines = [f"| D | σ | backend | {' | '.join(f'{name}: L2, cosine' for name in names)} |"]
-    lines += ["|---" * (len(names) + 3) + "|"]
+    lines = [f"| D | σ | backend | {' | '.join(names)} | smallest cosine |"]
+    lines += ["|---" * (len(names) + 4) + "|"]
     for row in rows:
         if row["dtype"] == "bf16":
-            cells = [f"{row[f'{name}_l2']}, {row[f'{name}_cosine']}" for name in names]
-            head = (row["head_dim"], row["deviation"], row["backend"])
-            lines.append(f"| {' | '.join([*head, *cells])} |")
+            head = (row["head_dim"], f"{float(row['deviation']):g}", f"`{row['backend']}`")
+            errors = (f"{float(row[f'{name}_l2']):.1e}" for name in names)
+            worst = min(float(row[f"{name}_cosine"]) for name in names)
+            lines.append(f"| {' | '.join([*head, *errors, f'{worst:.6f}'])} |")
     return [*lines, "", source(rows)]
 
 
@@ -161,11 +162,14 @@ SOURCES = {"attention_gains": "attention_speed"}  # of a table whose results hav
 
 
 def fill(text: str) -> str:
-    """Return the text with every marked table made anew."""
+    """Return the text with every marked table made anew; one without results stays as it is."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        rows = read(SOURCES.get(name, name))
+        results = SOURCES.get(name, name)
+        if not (RESULTS / f"{results}.csv").exists():
+            return match[0]
+        rows = read(results)
         return "\n".join([f"<!-- table: {name} -->", *TABLES[name](rows), "<!-- end -->"])
 
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
