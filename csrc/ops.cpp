@@ -89,6 +89,18 @@ FlashParams make_params(const Tensor& query, const Tensor& key, const Tensor& va
   return p;
 }
 
+void set_dropout(FlashParams& p, const std::optional<Tensor>& seed, double dropout_p,
+                 const Tensor& query) {
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",
+                  dropout_p);
+  if (dropout_p == 0.0) return;
+  STD_TORCH_CHECK(seed && seed->is_cuda() && seed->get_device_index() == query.get_device_index() &&
+                      seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "seed must be one int64 on the device of query");
+  p.seed = static_cast<const uint64_t*>(seed->data_ptr());
+  p.dropout_p = static_cast<float>(dropout_p);
+}
+
 Tensor empty_rows(const Tensor& query) {
   return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
                                   ScalarType::Float);
@@ -98,8 +110,10 @@ float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr
 std::tuple<Tensor, Tensor> flash_forward(const Tensor& query, const Tensor& key,
                                          const Tensor& value,
                                          const std::optional<Tensor>& attn_mask, bool is_causal,
-                                         double scale) {
+                                         double scale, const std::optional<Tensor>& seed,
+                                         double dropout_p) {
   FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale);
+  set_dropout(p, seed, dropout_p, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Tensor out = torch::stable::empty_like(query);  // in the query's order of dimensions
   Tensor lse = empty_rows(query);
@@ -117,8 +131,10 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tens
                                                   const Tensor& out, const Tensor& lse,
                                                   const std::optional<Tensor>& attn_mask,
                                                   const std::optional<Tensor>& dlse, bool is_causal,
-                                                  double scale) {
+                                                  double scale, const std::optional<Tensor>& seed,
+                                                  double dropout_p) {
   FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale);
+  set_dropout(p, seed, dropout_p, query);
   for (const auto& [name, tensor] : {std::pair("dout", &dout), std::pair("out", &out)}) {
     check_operand(name, *tensor, query);
     check_shape(name, *tensor, p.batch, p.heads, p.q_len, p.head_dim);
@@ -163,10 +179,11 @@ std::string device_error(int64_t index) {
 STABLE_TORCH_LIBRARY(ldm4ts_kernels, m) {
   m.def(
       "flash_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
-      "float scale) -> (Tensor, Tensor)");
+      "float scale, Tensor? seed=None, float dropout_p=0.0) -> (Tensor, Tensor)");
   m.def(
       "flash_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "Tensor? attn_mask, Tensor? dlse, bool is_causal, float scale) "
+      "Tensor? attn_mask, Tensor? dlse, bool is_causal, float scale, Tensor? seed=None, "
+      "float dropout_p=0.0) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("device_error(int index) -> str");
 }

@@ -20,18 +20,19 @@ enum MaskKind : int64_t { kNoMask = 0, kBoolMask = 1, kElementMask = 2, kFloatMa
 // B batch, H query heads, G key/value heads, Q query length, K key length, D head dim.
 // Fields of 8 bytes come first, so that there is no padding to guess at.
 struct FlashParams {
-  Strided q;          // (B, H, Q, D)
-  Strided k;          // (B, G, K, D)
-  Strided v;          // (B, G, K, D)
-  Strided o;          // (B, H, Q, D)
-  Strided d_o;        // (B, H, Q, D)
-  Strided dq;         // (B, H, Q, D)
-  Strided dk;         // (B, G, K, D)
-  Strided dv;         // (B, G, K, D)
-  Strided mask;       // (B, H, Q, K), any stride may be 0; row: of a query
-  int64_t mask_col;   // stride of a key in the mask
-  float* lse;         // (B, H, Q), natural logarithm
-  float* dlse;        // (B, H, Q) or null
+  Strided q;             // (B, H, Q, D)
+  Strided k;             // (B, G, K, D)
+  Strided v;             // (B, G, K, D)
+  Strided o;             // (B, H, Q, D)
+  Strided d_o;           // (B, H, Q, D)
+  Strided dq;            // (B, H, Q, D)
+  Strided dk;            // (B, G, K, D)
+  Strided dv;            // (B, G, K, D)
+  Strided mask;          // (B, H, Q, K), any stride may be 0; row: of a query
+  int64_t mask_col;      // stride of a key in the mask
+  float* lse;            // (B, H, Q), natural logarithm
+  float* dlse;           // (B, H, Q) or null
+  const uint64_t* seed;  // of dropout, on the device; null without
   float* statistics;  // (B, H, padded Q, 2): lse · log2(e), Σ_d do·o − dlse; null: blocks find them
   int64_t mask_kind;
   int64_t bfloat16;  // 1: bfloat16, 0: float16
@@ -43,7 +44,15 @@ struct FlashParams {
   int32_t head_dim;
   float scale;
   int32_t causal;  // 1: query i sees keys 0..i
+  float dropout_p;
+  int32_t reserved;
 };
+
+// Whether a call needs the kernels for masks and dropout. The plain ones fold the scale into exp2,
+// which only works for a positive one.
+inline bool is_general(const FlashParams& p) {
+  return p.mask_kind != kNoMask || p.seed != nullptr || !(p.scale > 0.0f);
+}
 
 // Each returns a cudaError_t. kHeadDim is one of dispatch.h's and at least p.head_dim.
 template <int kHeadDim>

@@ -14,52 +14,78 @@ LDM_DEVICE float quad_sum(float x) {
   return x + shuffle_xor(x, 2);
 }
 
+// Element i of a block of accumulators is visited in share i · parts / count of `parts` equal ones,
+// so that a caller can spread the work on one block between the products of another.
+template <int kRowTiles, int kColumnTiles, typename F>
+LDM_DEVICE void visit_share(int part, int parts, F&& visit) {
+  constexpr int kCount = kRowTiles * kColumnTiles * 4;
+  LDM_UNROLL for (int i = 0; i < kCount; ++i) {
+    if (i * parts / kCount != part) continue;
+    visit(i / 4 % kRowTiles, i / 4 / kRowTiles, i % 4);
+  }
+}
+
+// The softmax of the rows so far, measured from `base`, which is at most kSlack below their
+// maximum: it is exact all the same, for what is measured from another base is only scaled, and as
+// long as no row has grown by more, the sums of the output stay as they are.
 template <int kRowTiles>
 struct SoftmaxRows {
-  float max[kRowTiles][2];  // of the raw scores
-  float sum[kRowTiles][2];  // this lane's part of Σ exp
+  static constexpr float kSlack = 8.0f;       // of log2: probabilities are at most 256
+  static constexpr float kLowest = -3.4e38f;  // no key seen: −inf, but −inf less this is not NaN
+  float base[kRowTiles][2];                   // in units of log2
+  float sum[kRowTiles][2];                    // this lane's part of Σ exp2(score − base)
+  float top[kRowTiles][2];                    // the largest raw score of the slice to come
 
   LDM_DEVICE void clear() {
     LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
       LDM_UNROLL for (int half = 0; half < 2; ++half) {
-        max[r][half] = -INFINITY;
+        base[r][half] = kLowest;
         sum[r][half] = 0.0f;
+        top[r][half] = -INFINITY;
       }
     }
   }
-};
-
-// s becomes exp2(s·scale − max·scale); `out` is brought to the new maximum. scale > 0. A row that
-// has seen no key keeps max −inf and sum 0.
-template <int kRowTiles, int kKeyTiles, int kOutTiles>
-LDM_DEVICE void online_softmax(float (&s)[kRowTiles][kKeyTiles][4],
-                               float (&out)[kRowTiles][kOutTiles][4], SoftmaxRows<kRowTiles>& rows,
-                               float scale) {
-  LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
-    LDM_UNROLL for (int half = 0; half < 2; ++half) {
-      float top = rows.max[r][half];
-      LDM_UNROLL for (int n = 0; n < kKeyTiles; ++n) {
-        top = fmaxf(top, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1]));
+  // Takes note of a share of the slice to come.
+  template <int kKeyTiles>
+  LDM_DEVICE void look(const float (&s)[kRowTiles][kKeyTiles][4], int part, int parts) {
+    visit_share<kRowTiles, kKeyTiles>(part, parts, [&](int r, int n, int e) {
+      top[r][e / 2] = fmaxf(top[r][e / 2], s[r][n][e]);
+    });
+  }
+  // Brings `out` and the sums to a higher base if the slice to come needs one. scale > 0.
+  template <int kOutTiles>
+  LDM_DEVICE void rebase(float (&out)[kRowTiles][kOutTiles][4], float scale) {
+    bool grew = false;  // a lane answers for its own columns, so that no row is reduced in vain
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+      LDM_UNROLL for (int half = 0; half < 2; ++half) {
+        grew |= top[r][half] * scale > base[r][half] + kSlack;
       }
-      top = quad_max(top);
-      // −inf − −inf would be NaN: a row without keys is measured from 0
-      const float base = top == -INFINITY ? 0.0f : top * scale;
-      const float correction = exp2_approx(rows.max[r][half] * scale - base);
-      rows.max[r][half] = top;
-      float sum = rows.sum[r][half] * correction;
-      LDM_UNROLL for (int n = 0; n < kKeyTiles; ++n) {
-        LDM_UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[r][n][e] = exp2_approx(s[r][n][e] * scale - base);
-          sum += s[r][n][e];
+    }
+    if (!LDM_LIKELY(!any_lane(grew))) {
+      LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+        LDM_UNROLL for (int half = 0; half < 2; ++half) {
+          const float higher = fmaxf(base[r][half], quad_max(top[r][half]) * scale);
+          const float correction = exp2_approx(base[r][half] - higher);
+          base[r][half] = higher;
+          sum[r][half] *= correction;
+          LDM_UNROLL for (int n = 0; n < kOutTiles; ++n) {
+            out[r][n][2 * half] *= correction;
+            out[r][n][2 * half + 1] *= correction;
+          }
         }
       }
-      rows.sum[r][half] = sum;
-      LDM_UNROLL for (int n = 0; n < kOutTiles; ++n) {
-        out[r][n][2 * half] *= correction;
-        out[r][n][2 * half + 1] *= correction;
-      }
     }
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) top[r][0] = top[r][1] = -INFINITY;
   }
-}
+  // A share of the slice becomes exp2(s · scale − base).
+  template <int kKeyTiles>
+  LDM_DEVICE void exponentiate(float (&s)[kRowTiles][kKeyTiles][4], float scale, int part,
+                               int parts) {
+    visit_share<kRowTiles, kKeyTiles>(part, parts, [&](int r, int n, int e) {
+      s[r][n][e] = exp2_approx(s[r][n][e] * scale - base[r][e / 2]);
+      sum[r][e / 2] += s[r][n][e];
+    });
+  }
+};
 
 }  // namespace ldm

@@ -56,8 +56,8 @@ def _declines_unmeasured(call: Call) -> str | None:
 def _declines_native(call: Call) -> str | None:
     if not is_hopper(capability(call.device)):
         return _declines_unmeasured(call)
-    if call.mask:
-        return "is not yet measured with a mask"
+    if call.mask or call.dropout:
+        return "is not yet measured with a mask or dropout"
     if call.head_dim <= 16 and max(call.key_length, call.query_length) <= 784:
         return None
     if call.needs_grad:
@@ -137,8 +137,10 @@ def _no_queries(call: Call) -> str | None:
 
 
 def _native(arguments: Arguments) -> Result:
-    query, key, value, attn_mask, _, is_causal, scale, return_lse = arguments
-    return native.flash_attention(query, key, value, attn_mask, is_causal, scale, return_lse)
+    query, key, value, attn_mask, dropout_p, is_causal, scale, return_lse = arguments
+    return native.flash_attention(
+        query, key, value, attn_mask, is_causal, scale, return_lse, dropout_p=dropout_p
+    )
 
 
 def _triton(arguments: Arguments) -> Result:
@@ -189,7 +191,6 @@ NATIVE = Backend(
         dtypes=HALF,
         max_head_dim=native.MAX_HEAD_DIM,
         masks=frozenset({"boolean", "additive"}),
-        dropout=False,
         unequal_head_dims=False,
         any_stride=False,
         extra=(_no_keys, _no_queries, _native_device),

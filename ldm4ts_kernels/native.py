@@ -59,6 +59,8 @@ def _register_fakes() -> None:
         attn_mask: Tensor | None,
         is_causal: bool,
         scale: float,
+        seed: Tensor | None = None,
+        dropout_p: float = 0.0,
     ) -> tuple[Tensor, Tensor]:  # (B, H, Q, D), (B, H, Q)
         return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
@@ -80,19 +82,21 @@ class _FlashAttention(torch.autograd.Function):
         attn_mask: Tensor | None,
         is_causal: bool,
         scale: float,
+        seed: Tensor | None,
+        dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.ldm4ts_kernels.flash_forward.default(
-            query, key, value, attn_mask, is_causal, scale
+            query, key, value, attn_mask, is_causal, scale, seed, dropout_p
         )
-        ctx.save_for_backward(query, key, value, attn_mask, out, lse)
-        ctx.is_causal, ctx.scale = is_causal, scale
+        ctx.save_for_backward(query, key, value, attn_mask, out, lse, seed)
+        ctx.is_causal, ctx.scale, ctx.dropout_p = is_causal, scale, dropout_p
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        query, key, value, attn_mask, out, lse = ctx.saved_tensors
+        query, key, value, attn_mask, out, lse, seed = ctx.saved_tensors
         if dout is None:  # the loss depends on the LSE alone
             dout = torch.zeros_like(out)
         elif dout.stride(-1) != 1:  # such as the expanded gradient of a sum
@@ -108,8 +112,10 @@ class _FlashAttention(torch.autograd.Function):
             dlse if dlse is None else dlse.contiguous(),
             ctx.is_causal,
             ctx.scale,
+            seed,
+            ctx.dropout_p,
         )
-        return *grads, None, None, None
+        return *grads, *[None] * 5
 
 
 def flash_attention(
@@ -120,14 +126,18 @@ def flash_attention(
     is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,  # (1,) int64
 ) -> Tensor | tuple[Tensor, Tensor]:  # (B, H, Q, D), (B, H, Q)
     """Compute softmax(scale * query @ keyᵀ + mask) @ value, without the scores in memory.
 
     float16 and bfloat16 on a CUDA device from sm_80 on, D ≤ 256, H a multiple of G; products
     accumulate in float32. `is_causal` is aligned top left, as SDPA aligns it. Strides are free but
     the last, which must be 1. `scale` is D ** -0.5 when None. The mask is bool, float32 or of the
-    query's dtype, and gets no gradient; there is no dropout. The natural-log LSE comes as float32
-    and carries a gradient. A row that sees no key gives 0 and LSE -inf.
+    query's dtype, and gets no gradient. The natural-log LSE comes as float32 and carries a
+    gradient. A row that sees no key gives 0 and LSE -inf. `seed` fixes which weights dropout drops,
+    the same as in `kernels.flash`, and is drawn when None.
 
     Output and gradients are the same in every run.
 
@@ -142,11 +152,15 @@ def flash_attention(
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("attn_mask must not require a gradient: these kernels compute none")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if dropout_p > 0.0 and seed is None:
+        seed = torch.randint(2**62, (1,), device=query.device)  # graph-safe: torch's own generator
     needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
     if needs_grad and torch.is_grad_enabled():
-        out, lse = _FlashAttention.apply(query, key, value, attn_mask, is_causal, scale)
+        out, lse = _FlashAttention.apply(
+            query, key, value, attn_mask, is_causal, scale, seed, dropout_p
+        )
     else:
         out, lse = torch.ops.ldm4ts_kernels.flash_forward.default(
-            query, key, value, attn_mask, is_causal, scale
+            query, key, value, attn_mask, is_causal, scale, seed, dropout_p
         )
     return (out, lse) if return_lse else out

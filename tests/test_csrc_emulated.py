@@ -37,12 +37,14 @@ class FlashParams(ctypes.Structure):
 
     _fields_ = [
         *((name, Strided) for name in ("q", "k", "v", "o", "d_o", "dq", "dk", "dv", "mask")),
-        *((name, ctypes.c_int64) for name in ("mask_col", "lse", "dlse", "statistics")),
+        *((name, ctypes.c_int64) for name in ("mask_col", "lse", "dlse", "seed", "statistics")),
         *((name, ctypes.c_int64) for name in ("mask_kind", "bfloat16")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads")),
         *((name, ctypes.c_int32) for name in ("q_len", "k_len", "head_dim")),
         ("scale", ctypes.c_float),
         ("causal", ctypes.c_int32),
+        ("dropout_p", ctypes.c_float),
+        ("reserved", ctypes.c_int32),
     ]
 
 
@@ -66,6 +68,7 @@ class Case:
     is_causal: bool = False
     mask: str | None = None
     scale: float | None = None
+    dropout_p: float = 0.0
     layout: str = "BHND"
     processors: int = MANY
 
@@ -96,6 +99,38 @@ class Case:
         additive = torch.randn(self.batch, 1, 1, self.k_len)
         masks = {"bool": visible, "float": additive, "element": additive.to(self.dtype)}
         return masks[self.mask] if self.mask else None
+
+
+SEED = torch.tensor([0x1234_5678_9ABC_DEF])
+
+
+def philox(seed: int, *counter: Tensor) -> Tensor:
+    """Return the first of the four numbers of Philox-4x32-10 (Salmon et al. 2011), in int64."""
+    low = 0xFFFF_FFFF
+    first, second, third, fourth = counter
+    keys = [seed & low, seed >> 32]
+    for _ in range(10):
+        pairs = ((first, 0xD251_1F53), (third, 0xCD9E_8D57))
+        bottoms = [(x * (f >> 16) << 16) + x * (f & 0xFFFF) & low for x, f in pairs]
+        # int64 has a sign: the upper half of a product of 64 bits comes from halves of the factor
+        tops = [x * (f >> 16) + (x * (f & 0xFFFF) >> 16) >> 16 for x, f in pairs]
+        first, third = tops[1] ^ second ^ keys[0], tops[0] ^ fourth ^ keys[1]
+        second, fourth = bottoms[1], bottoms[0]
+        keys = [(keys[0] + 0x9E37_79B9) & low, (keys[1] + 0xBB67_AE85) & low]
+    return first
+
+
+def keep_mask(case: Case) -> Tensor | None:  # (B, H, Q, K)
+    """Return which weights the kernels keep: csrc/dropout.cuh."""
+    if case.dropout_p == 0.0:
+        return None
+    heads = torch.arange(case.batch * case.heads).view(case.batch, case.heads, 1, 1)
+    queries, keys = torch.arange(case.q_len).view(-1, 1), torch.arange(case.k_len)
+    shape = (case.batch, case.heads, case.q_len, case.k_len)
+    counter = [x.expand(shape) for x in (keys, queries, heads, torch.zeros(1, dtype=torch.int64))]
+    bits = philox(int(SEED), *counter)
+    bits = torch.where(bits >= 2**31, 2**32 - 1 - bits, bits)
+    return bits.float() * 4.6566127342e-10 >= case.dropout_p
 
 
 def guards_of(tensor: Tensor) -> Tensor:
@@ -137,6 +172,7 @@ def params_of(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
     params.q_len, params.k_len, params.head_dim = case.q_len, case.k_len, case.head_dim
     params.scale = case.head_dim**-0.5 if case.scale is None else case.scale
     params.causal, params.bfloat16 = case.is_causal, case.dtype == torch.bfloat16
+    params.dropout_p, params.seed = case.dropout_p, SEED.data_ptr() if case.dropout_p else 0
     if mask is not None:
         wide = mask.expand(case.batch, case.heads, case.q_len, case.k_len)
         params.mask = Strided(mask.data_ptr(), *wide.stride()[:3], 0)
@@ -184,7 +220,14 @@ def reference(case: Case, inputs: list[Tensor], mask: Tensor | None) -> tuple[Te
     """Return the oracle's output and LSE in the dtype of `inputs`."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(inputs[0].dtype)
-    return attention(*inputs, mask, is_causal=case.is_causal, scale=case.scale)
+    return attention(
+        *inputs,
+        mask,
+        is_causal=case.is_causal,
+        scale=case.scale,
+        keep=keep_mask(case),
+        dropout_p=case.dropout_p,
+    )
 
 
 def library_for(kernels, case: Case) -> ctypes.CDLL:
@@ -250,6 +293,8 @@ FORWARD = [
     Case(40, 90, 40, mask="element", is_causal=True),
     Case(20, 30, 64, scale=-0.3),
     Case(20, 30, 64, scale=0.0),
+    Case(40, 90, 40, batch=2, heads=2, kv_heads=1, dropout_p=0.3),
+    Case(30, 70, 64, BF16, mask="bool", is_causal=True, dropout_p=0.6),
     Case(1, 1, 64),
     Case(5, 0, 64),
     Case(50, 60, 36),  # a head dim of whole 8 bytes
@@ -275,6 +320,8 @@ BACKWARD = [
     Case(20, 40, 64, BF16, mask="float"),
     Case(20, 40, 40, mask="element", is_causal=True),
     Case(20, 30, 64, scale=-0.3),
+    Case(40, 70, 40, batch=2, heads=2, kv_heads=1, dropout_p=0.3),
+    Case(30, 70, 64, BF16, mask="bool", is_causal=True, dropout_p=0.6),
     Case(1, 1, 64),
     Case(20, 30, 59),
     Case(49, 49, 160),

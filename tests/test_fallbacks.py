@@ -39,7 +39,6 @@ CALLS = [
     ("native", {"dtype": torch.float32}, "takes bfloat16, float16, got float32"),
     ("native", {"head_dim": 512, "value_dim": 512}, "takes head dims up to 256, got 512"),
     ("native", {"mask": "additive with gradient"}, "takes no additive with gradient mask"),
-    ("native", {"dropout": True}, "has no dropout"),
     ("flash_attn", {"dtype": torch.float32}, "takes bfloat16, float16, got float32"),
     ("flash_attn", {"head_dim": 512, "value_dim": 512}, "takes head dims up to 256, got 512"),
     ("flash_attn", {"mask": "boolean"}, "takes no boolean mask"),

@@ -78,12 +78,14 @@ def test_the_loaded_schemas_are_those_of_the_source():
         assert str(loaded) == str(wanted)
 
 
-def forward_on_cpu(query, key, value, attn_mask, is_causal, scale):
+def forward_on_cpu(query, key, value, attn_mask, is_causal, scale, seed=None, dropout_p=0.0):
     out, lse = reference.attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     return torch.empty_like(query).copy_(out), lse.float().contiguous()
 
 
-def backward_on_cpu(dout, query, key, value, out, lse, attn_mask, dlse, is_causal, scale):
+def backward_on_cpu(
+    dout, query, key, value, out, lse, attn_mask, dlse, is_causal, scale, seed=None, dropout_p=0.0
+):
     """The formulas of csrc/sm80/flash_bwd.cuh, scores and all; operators run below autograd."""
     groups = query.shape[1] // key.shape[1]
     keys, values = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
@@ -232,6 +234,33 @@ def attend(shape: Shape, dtype: torch.dtype, **options) -> None:
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_kernels_are_as_accurate_as_torch_on_a_gpu(shape, is_causal, dtype):
     attend(shape, dtype, is_causal=is_causal)
+
+
+@built
+@pytest.mark.gpu
+def test_a_seed_drops_the_same_weights_in_triton():
+    from ldm4ts_kernels.kernels import flash
+
+    seed = torch.tensor([0x1234_5678_9ABC_DEF], device="cuda")
+    given = [tensor.requires_grad_() for tensor in draw(LARGE[0], torch.bfloat16, seed.device)]
+    results = []
+    for call in (native.flash_attention, flash.flash_attention):
+        out = call(*given, dropout_p=0.3, seed=seed)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), given)])
+    for ours, theirs in zip(*results, strict=True):
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < 0.01
+
+
+@built
+@pytest.mark.gpu
+def test_dropout_draws_anew_and_keeps_the_mean():
+    query, key = (torch.zeros(2, 4, 100, 64, dtype=torch.bfloat16, device="cuda") for _ in "qk")
+    value = torch.ones(2, 4, 300, 64, dtype=torch.bfloat16, device="cuda")
+    first, second = (native.flash_attention(query, key[:, :, :1].expand_as(value), value,
+                                            dropout_p=0.25) for _ in range(2))  # fmt: skip
+    assert not torch.equal(first, second)
+    assert (first.float().mean() - 1.0).abs() < 0.01
 
 
 @built

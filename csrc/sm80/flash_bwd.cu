@@ -16,9 +16,9 @@ int64_t backward_blocks(const FlashParams& p) {
              Queries::kParts;
 }
 
-template <typename T, class C, bool kHasMask>
+template <typename T, class C, bool kGeneral>
 int launch_tiles(const FlashParams& p, cudaStream_t stream) {
-  return launch<flash_bwd_kernel<T, C, kHasMask>>(backward_blocks<C>(p), C::kThreads,
+  return launch<flash_bwd_kernel<T, C, kGeneral>>(backward_blocks<C>(p), C::kThreads,
                                                   C::kSharedBytes, p, stream);
 }
 
@@ -36,10 +36,9 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream) {
   return with_element(p.bfloat16, [&](auto element) {
     using T = decltype(element);
     if (const int error = launch_statistics<T, kHeadDim>(p, stream)) return error;
-    // the plain kernel folds the scale into exp2, which only works for a positive one
-    return with_flag(p.mask_kind != kNoMask || !(p.scale > 0.0f), [&](auto has_mask) {
-      constexpr bool kHasMask = decltype(has_mask)::value;
-      if constexpr (!kHasMask && kHasWideBwd<kHeadDim>) {
+    return with_flag(is_general(p), [&](auto general) {
+      constexpr bool kGeneral = decltype(general)::value;
+      if constexpr (!kGeneral && kHasWideBwd<kHeadDim>) {
         using Wide = BwdTiles<kHeadDim, false>;
         // few keys: a block meets all queries, so that the smaller one is done sooner; and fewer
         // than two blocks an SM would leave it waiting
@@ -47,7 +46,7 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream) {
           return launch_tiles<T, Wide, false>(p, stream);
         }
       }
-      return launch_tiles<T, BwdTiles<kHeadDim, true>, kHasMask>(p, stream);
+      return launch_tiles<T, BwdTiles<kHeadDim, true>, kGeneral>(p, stream);
     });
   });
 }

@@ -7,6 +7,7 @@
 // registers and so do p and ds, which are operand A of the next product as they are: no atomics, no
 // float32 dq, no second pass over it, one launch with twice the blocks, the same result every time.
 #pragma once
+#include "../dropout.cuh"
 #include "../mask.cuh"
 #include "products.cuh"
 #include "row_statistics.cuh"
@@ -23,6 +24,7 @@ struct Sweep {
   int row, column;           // the first row held, and the first column of this block's sums
   int first, steps;          // the first tile met of a head, and how many
   InputTile held, held_too;  // k and v, or q and do
+  Rows rows, rows_too;       // of the head met: q and do, or k and v
   uint32_t stages, statistics;
 
   LDM_DEVICE Sweep(const FlashParams& params, int block) : p(params) {
@@ -44,6 +46,11 @@ struct Sweep {
     held_too = held.rows_from(S::kRows);
     stages = held_too.rows_from(S::kRows).base;
     statistics = stages + S::kStages * S::kStageBytes;
+    find_rows();
+  }
+  LDM_DEVICE void find_rows() {
+    rows = rows_of(S::kByKeys ? p.q : p.k, batch, S::kByKeys ? head : kv_head);
+    rows_too = rows_of(S::kByKeys ? p.d_o : p.v, batch, S::kByKeys ? head : kv_head);
   }
   LDM_DEVICE int met_row(int step) const { return (first + step) * S::kStep; }
   LDM_DEVICE InputTile met(int step) const {
@@ -58,6 +65,7 @@ struct Sweep {
   // To the next head that reads these keys; false after the last.
   LDM_DEVICE bool next_head() {
     if (!S::kByKeys || ++head % (p.heads / p.kv_heads) == 0) return false;
+    find_rows();
     if (!p.statistics) statistics += static_cast<uint32_t>(padded_queries(p)) * 8;
     return true;
   }
@@ -70,15 +78,11 @@ struct Sweep {
   }
   LDM_DEVICE void start(int step) const {
     if (step < steps) {
-      const Strided &one = S::kByKeys ? p.q : p.k, &two = S::kByKeys ? p.d_o : p.v;
-      const int at_head = S::kByKeys ? head : kv_head, end = S::kByKeys ? p.q_len : p.k_len;
-      const int at = met_row(step);
-      load_tile<S::kStep, S::kThreads>(met(step), rows_of(one, batch, at_head), at, end,
-                                       p.head_dim);
-      load_tile<S::kStep, S::kThreads>(met_too(step), rows_of(two, batch, at_head), at, end,
-                                       p.head_dim);
+      const int end = S::kByKeys ? p.q_len : p.k_len, at = met_row(step);
+      load_tile<S::kStep, S::kThreads>(met(step), rows, at, end, p.head_dim);
+      load_tile<S::kStep, S::kThreads>(met_too(step), rows_too, at, end, p.head_dim);
       if (S::kByKeys && p.statistics && thread_index() < S::kStep / 2) {
-        const float* source = statistics_at(p, batch, at_head, at) + thread_index() * 4;
+        const float* source = statistics_at(p, batch, head, at) + thread_index() * 4;
         copy_async_16(statistics_of(step) + thread_index() * 16, source, true);
       }
     }
@@ -108,10 +112,12 @@ struct ScoreStatistics {
       }
     }
   }
-  // Visits every element of a slice's accumulators with its query's statistics.
+  // Visits the elements of a slice's accumulators with their query's statistics, a share at a time.
   template <typename F>
-  LDM_DEVICE void for_each(F&& visit) const {
-    LDM_UNROLL for (int n = 0; n < S::kSlice / 8; ++n) {
+  LDM_DEVICE void for_share(int part, int parts, F&& visit) const {
+    constexpr int kTiles = S::kSlice / 8;
+    LDM_UNROLL for (int n = 0; n < kTiles; ++n) {
+      if (n * parts / kTiles != part) continue;
       float met_pair[4];
       if constexpr (S::kByKeys) {
         load_shared_quad(met_pair, met + (n * 8 + thread_index() % 4 * 2) * 8);
@@ -126,22 +132,18 @@ struct ScoreStatistics {
   }
 };
 
-// s → p = exp2(scale · s + mask − lse), for the rows and columns of the scores from these on.
-template <typename T, class S, bool kHasMask, int kTiles>
-LDM_DEVICE void probabilities(float (&s)[S::kRowTiles][kTiles][4], const Sweep<S>& sweep,
-                              const ScoreStatistics<S>& statistics, int row, int column) {
+// What a mask adds to the scores, for the rows and columns from these on, and what it hides.
+template <typename T, class S, bool kGeneral, int kTiles>
+LDM_DEVICE void mask_scores(float (&s)[S::kRowTiles][kTiles][4], const Sweep<S>& sweep, int row,
+                            int column) {
   const FlashParams& p = sweep.p;
-  if constexpr (kHasMask) {
+  if constexpr (kGeneral) {
     scale_and_mask<T, S::kByKeys>(s, p, sweep.batch, sweep.head, row, column);
   }
   // keys past the end are rows that nobody stores, or columns to hide; queries past it have p = 0
   const bool whole = S::kByKeys ? !p.causal || row + S::kRowTiles * 16 <= column + 1
                                 : column + kTiles * 8 <= key_limit(p, row);
-  if (!whole) hide_unseen_keys<S::kByKeys>(s, p, row, column);
-  const float scale = kHasMask ? 1.0f : p.scale * kLog2e;
-  statistics.for_each([&](int r, int n, int e, float lse, float) {
-    s[r][n][e] = exp2_approx(s[r][n][e] * scale - lse);
-  });
+  if (!LDM_LIKELY(whole)) hide_unseen_keys<S::kByKeys>(s, p, row, column);
 }
 
 template <class S>
@@ -187,26 +189,61 @@ struct Operands {
   ScoreStatistics<S> statistics;
 };
 
-// One slice of one step: sums (dk, or dq) and values (dv) gain from some of the rows met.
-template <typename T, class S, bool kHasMask>
+// With dropout: dp becomes ds = p ∘ (d ∘ dp − delta), and p the weights d ∘ p of the output, where
+// d is 0 for a dropped weight and 1 / (1 − dropout_p) for one that is kept.
+template <class S, int kTiles>
+LDM_DEVICE void differentiate_dropped(float (&s)[S::kRowTiles][kTiles][4],
+                                      float (&dp)[S::kRowTiles][kTiles][4],
+                                      const ScoreStatistics<S>& statistics, const Sweep<S>& sweep,
+                                      int row, int column) {
+  const int lane = thread_index() % kWarp;
+  statistics.for_share(0, 1, [&](int r, int n, int e, float, float delta) {
+    const int at_row = row + r * 16 + lane / 4 + e / 2 * 8;
+    const int at_column = column + n * 8 + lane % 4 * 2 + e % 2;
+    const bool kept = is_kept(sweep.p, sweep.batch, sweep.head, S::kByKeys ? at_column : at_row,
+                              S::kByKeys ? at_row : at_column);
+    const float d = kept ? 1.0f / (1.0f - sweep.p.dropout_p) : 0.0f;
+    dp[r][n][e] = s[r][n][e] * (d * dp[r][n][e] - delta);
+    s[r][n][e] *= d;
+  });
+}
+
+// One slice of one step: sums (dk, or dq) and values (dv) gain from some of the rows met. What is
+// not a product is done between those of the next one.
+template <typename T, class S, bool kGeneral>
 LDM_DEVICE void meet(Sums<S>& sums, Sums<S>& values, const Operands<S>& operands,
                      const Sweep<S>& sweep, int step, int at, int row) {
   const auto met = sweep.met(step), met_too = sweep.met_too(step);
+  const float scale = kGeneral ? 1.0f : sweep.p.scale * kLog2e;
   float s[S::kRowTiles][S::kSlice / 8][4] = {}, dp[S::kRowTiles][S::kSlice / 8][4] = {};
+  const auto exponentiate = [&](int part, int parts) {  // p = exp2(scale · s + mask − lse)
+    operands.statistics.for_share(part, parts, [&](int r, int n, int e, float lse, float) {
+      s[r][n][e] = exp2_approx(s[r][n][e] * scale - lse);
+    });
+  };
+  const auto differentiate = [&](int part, int parts) {  // ds = p ∘ (dp − delta)
+    operands.statistics.for_share(part, parts, [&](int r, int n, int e, float, float delta) {
+      dp[r][n][e] = s[r][n][e] * (dp[r][n][e] - delta);
+    });
+  };
   multiply_rows<S::kUnroll>(T(), s, operands.held, met, at);
-  probabilities<T, S, kHasMask>(s, sweep, operands.statistics, row, sweep.met_row(step) + at);
-  multiply_rows<S::kUnroll>(T(), dp, operands.held_too, met_too, at);
-  if constexpr (S::kByKeys) accumulate(T(), values, s, met_too, at, sweep.column);
-  operands.statistics.for_each([&](int r, int n, int e, float, float delta) {
-    dp[r][n][e] = s[r][n][e] * (dp[r][n][e] - delta);  // ds
-  });
+  mask_scores<T, S, kGeneral>(s, sweep, row, sweep.met_row(step) + at);
+  multiply_rows<S::kUnroll>(T(), dp, operands.held_too, met_too, at, exponentiate);
+  if (kGeneral && sweep.p.seed) {
+    differentiate_dropped(s, dp, operands.statistics, sweep, row, sweep.met_row(step) + at);
+    if constexpr (S::kByKeys) accumulate(T(), values, s, met_too, at, sweep.column);
+  } else if constexpr (S::kByKeys) {
+    accumulate(T(), values, s, met_too, at, sweep.column, differentiate);
+  } else {
+    differentiate(0, 1);
+  }
   accumulate(T(), sums, dp, met, at, sweep.column);
 }
 
-template <typename T, class S, bool kHasMask>
+template <typename T, class S, bool kGeneral>
 LDM_DEVICE void sweep_block(const FlashParams& p, int block) {
   Sweep<S> sweep(p, block);
-  const int warp_row = thread_index() / kWarp * S::kRowTiles * 16;
+  const int warp_row = warp_index() * S::kRowTiles * 16;
   const auto start = [&](int step) { sweep.start(step); };
   sweep.start_held();
   LDM_UNROLL for (int step = 0; step < S::kStages - 1; ++step) start(step);
@@ -224,7 +261,7 @@ LDM_DEVICE void sweep_block(const FlashParams& p, int block) {
       await_step<S::kStages>(step, start);
       LDM_ROLLED for (int at = 0; at < S::kStep; at += S::kSlice) {
         operands.statistics.met = sweep.statistics_of(step) + at * 8;
-        meet<T, S, kHasMask>(sums, values, operands, sweep, step, at, sweep.row + warp_row);
+        meet<T, S, kGeneral>(sums, values, operands, sweep, step, at, sweep.row + warp_row);
       }
     }
     if (!sweep.next_head()) break;
@@ -245,15 +282,15 @@ LDM_DEVICE int sweep_blocks(const FlashParams& p) {  // launch() checks that the
   return p.batch * heads * ceil_div(S::kByKeys ? p.k_len : p.q_len, S::kRows) * S::kParts;
 }
 
-template <typename T, class C, bool kHasMask>
+template <typename T, class C, bool kGeneral>
 LDM_KERNEL(C::kThreads, 1)
 flash_bwd_kernel(LDM_PARAMS p) {
   const int block = static_cast<int>(block_index());
   const int by_keys = sweep_blocks<typename C::ByKeys>(p);
   if (block < by_keys) {
-    sweep_block<T, typename C::ByKeys, kHasMask>(p, block);
+    sweep_block<T, typename C::ByKeys, kGeneral>(p, block);
   } else {
-    sweep_block<T, typename C::ByQueries, kHasMask>(p, block - by_keys);
+    sweep_block<T, typename C::ByQueries, kGeneral>(p, block - by_keys);
   }
 }
 

@@ -13,25 +13,23 @@ bool prefers_narrow(const FlashParams& p) {
   return p.q_len <= Wide::kBlockQ / 2 || blocks < device_limits().processors;
 }
 
-template <typename T, class C, bool kHasMask>
+template <typename T, class C, bool kGeneral>
 int launch_tiles(const FlashParams& p, cudaStream_t stream) {
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.heads * ceil_div(p.q_len, C::kBlockQ);
-  return launch<flash_fwd_kernel<T, C, kHasMask>>(blocks, C::kThreads, C::kSharedBytes, p, stream);
+  return launch<flash_fwd_kernel<T, C, kGeneral>>(blocks, C::kThreads, C::kSharedBytes, p, stream);
 }
 
 template <int kHeadDim>
 int launch_flash_fwd(const FlashParams& p, cudaStream_t stream) {
   using Wide = FwdTiles<kHeadDim, false>;
-  // the plain kernel folds the scale into exp2, which only works for a positive one
-  const bool general = p.mask_kind != kNoMask || !(p.scale > 0.0f);
   return with_element(p.bfloat16, [&](auto element) {
     using T = decltype(element);
-    return with_flag(general, [&](auto has_mask) {
-      constexpr bool kHasMask = decltype(has_mask)::value;
-      if constexpr (!kHasMask) {
+    return with_flag(is_general(p), [&](auto general) {
+      constexpr bool kGeneral = decltype(general)::value;
+      if constexpr (!kGeneral) {
         if (!prefers_narrow<Wide>(p)) return launch_tiles<T, Wide, false>(p, stream);
       }
-      return launch_tiles<T, FwdTiles<kHeadDim, true>, kHasMask>(p, stream);
+      return launch_tiles<T, FwdTiles<kHeadDim, true>, kGeneral>(p, stream);
     });
   });
 }

@@ -12,6 +12,7 @@
 #define LDM_DEVICE __device__ __forceinline__
 #define LDM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define LDM_PARAMS const __grid_constant__ FlashParams
+#define LDM_LIKELY(condition) __builtin_expect(condition, 1)
 #define LDM_UNROLL _Pragma("unroll")
 #define LDM_ROLLED _Pragma("unroll 1")
 
@@ -23,6 +24,8 @@ LDM_DEVICE uint32_t shared_base() {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
 }
 LDM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same in every lane, and known to be.
+LDM_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, thread_index() / kWarp, 0); }
 LDM_DEVICE int64_t block_index() { return blockIdx.x; }
 LDM_DEVICE void sync_block() { __syncthreads(); }
 
@@ -35,6 +38,7 @@ LDM_DEVICE float exp2_approx(float x) {
 }
 LDM_DEVICE float natural_log(float x) { return __logf(x); }
 LDM_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+LDM_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 LDM_DEVICE float to_float(Half x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));

@@ -29,44 +29,55 @@ struct RowOperand {
   }
 };
 
+// What the products leave the other units to do in the meantime: nothing.
+struct Nothing {
+  LDM_DEVICE void operator()(int, int) const {}
+};
+
 // c += a bᵀ for the rows of b from `row` on, over all columns. kUnroll: a shorter loop body where
-// all of it would spill.
-template <int kUnroll, typename T, int kRowTiles, int kColumnTiles, int kColumns, bool kKept>
+// all of it would spill. Between the products, meanwhile(part, parts) is called for each part.
+template <int kUnroll, typename T, int kRowTiles, int kColumnTiles, int kColumns, bool kKept,
+          typename F = Nothing>
 LDM_DEVICE void multiply_rows(T type, float (&c)[kRowTiles][kColumnTiles][4],
                               const RowOperand<kColumns, kRowTiles, kKept>& a_rows,
-                              Tile<kColumns> b_tile, int row) {
+                              Tile<kColumns> b_tile, int row, F&& meanwhile = F()) {
+  constexpr int kPairs = kColumnTiles / 2, kSteps = kColumns / 16;
 #pragma unroll kUnroll
-  for (int k = 0; k < kColumns / 16; ++k) {
+  for (int k = 0; k < kSteps; ++k) {
     uint32_t a[kRowTiles][4];
     LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) a_rows.get(a[r], r, k);
-    LDM_UNROLL for (int n = 0; n < kColumnTiles / 2; ++n) {
+    LDM_UNROLL for (int n = 0; n < kPairs; ++n) {
       uint32_t b[4];
       load_b(b, b_tile, row + n * 16, k * 16);
       LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
         mma(type, c[r][2 * n], a[r], b[0], b[1]);
         mma(type, c[r][2 * n + 1], a[r], b[2], b[3]);
       }
+      meanwhile(k * kPairs + n, kSteps * kPairs);
     }
   }
 }
 
 // sum += scores · tile[row.., column..]; the sums' columns may end within the last 16
-template <typename T, int kRowTiles, int kScoreTiles, int kSumTiles, int kColumns>
+template <typename T, int kRowTiles, int kScoreTiles, int kSumTiles, int kColumns,
+          typename F = Nothing>
 LDM_DEVICE void accumulate(T type, float (&sum)[kRowTiles][kSumTiles][4],
                            const float (&scores)[kRowTiles][kScoreTiles][4], Tile<kColumns> tile,
-                           int row, int column) {
-  LDM_UNROLL for (int k = 0; k < kScoreTiles / 2; ++k) {
+                           int row, int column, F&& meanwhile = F()) {
+  constexpr int kSteps = kScoreTiles / 2, kPairs = ceil_div(kSumTiles, 2);
+  LDM_UNROLL for (int k = 0; k < kSteps; ++k) {
     uint32_t a[kRowTiles][4];
     LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
       accumulators_to_a(type, a[r], scores[r][2 * k], scores[r][2 * k + 1]);
     }
-    LDM_UNROLL for (int n = 0; n < ceil_div(kSumTiles, 2); ++n) {
+    LDM_UNROLL for (int n = 0; n < kPairs; ++n) {
       uint32_t b[4];
       load_b_transposed(b, tile, row + k * 16, column + n * 16);
       LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
         mma(type, sum[r][2 * n], a[r], b[0], b[1]);
         if (2 * n + 1 < kSumTiles) mma(type, sum[r][2 * n + 1], a[r], b[2], b[3]);
       }
+      meanwhile(k * kPairs + n, kSteps * kPairs);
     }
   }
 }

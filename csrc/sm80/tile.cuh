@@ -112,19 +112,25 @@ template <int kRows, int kThreads, int kColumns>
 LDM_DEVICE void load_tile(Tile<kColumns> tile, Rows rows, int first, int n_rows, int head_dim) {
   constexpr int kChunks = Tile<kColumns>::kChunks;
   const uint16_t* source = rows.data + first * rows.stride;
-  if (rows.vector) {
+  if (LDM_LIKELY(rows.vector)) {
     // a thread keeps its column and walks down: one pointer, one step; a few threads may idle
     constexpr int kStep = kThreads / kChunks;
     const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
     if (kThreads % kChunks != 0 && row >= kStep) return;
-    const int valid_rows = chunk * kChunk < head_dim ? n_rows - first : 0;
     source += row * rows.stride + chunk * kChunk;
-    LDM_UNROLL for (int i = 0; i < ceil_div(kRows, kStep); ++i) {
-      const int at = row + i * kStep;
-      if (kRows % kStep != 0 && at >= kRows) break;
-      const bool valid = at < valid_rows;
-      copy_async_16(tile.address(at, chunk), source, valid);  // reads nothing unless valid
-      source += kStep * rows.stride;
+    const auto copy_rows = [&](auto is_valid) {
+      LDM_UNROLL for (int i = 0; i < ceil_div(kRows, kStep); ++i) {
+        const int at = row + i * kStep;
+        if (kRows % kStep != 0 && at >= kRows) break;
+        copy_async_16(tile.address(at, chunk), source, is_valid(at));  // reads nothing unless valid
+        source += kStep * rows.stride;
+      }
+    };
+    const bool exists = chunk * kChunk < head_dim;
+    if (first + kRows <= n_rows) {  // no row to be asked
+      copy_rows([&](int) { return exists; });
+    } else {
+      copy_rows([&](int at) { return exists && at < n_rows - first; });
     }
     return;
   }

@@ -16,25 +16,26 @@ struct FwdRow {
   int head_dim;
   int warps;
   int row_tiles;  // of 16 queries, a warp
-  int block_k;
-  int slots;   // of the ring that K and V tiles pass through, in turn
-  int unroll;  // steps along the head dim a loop body; all: the queries are kept in registers
+  int slice;      // keys whose scores are in registers at once; those of two slices are
+  int slices;     // a stage: 1 or an even number
+  int stages;     // in flight
+  int unroll;     // steps along the head dim a loop body; all: queries are kept in registers
 };
 
 // Long sequences: 32 queries a warp, so that every fragment of K and V serves two products.
 constexpr FwdRow kFwdWide[] = {
-    {16, 4, 2, 64, 4, kAll},  {32, 4, 2, 64, 4, kAll},  {40, 4, 2, 64, 4, kAll},
-    {48, 4, 2, 64, 4, kAll},  {64, 4, 2, 64, 4, kAll},  {80, 4, 2, 64, 4, 4},
-    {96, 4, 2, 64, 4, 4},     {112, 4, 2, 48, 3, 4},    {128, 4, 2, 48, 3, 1},
-    {160, 8, 1, 64, 2, kAll}, {192, 8, 1, 32, 2, kAll}, {256, 8, 1, 32, 2, 4},
+    {16, 4, 2, 32, 2, 3, kAll},  {32, 4, 2, 32, 2, 3, kAll},  {40, 4, 2, 32, 2, 3, kAll},
+    {48, 4, 2, 32, 2, 3, kAll},  {64, 4, 2, 32, 2, 2, kAll},  {80, 4, 2, 32, 2, 2, kAll},
+    {96, 4, 2, 32, 2, 2, kAll},  {112, 4, 2, 16, 2, 2, kAll}, {128, 4, 2, 16, 2, 2, kAll},
+    {160, 8, 1, 16, 2, 2, kAll}, {192, 8, 1, 16, 1, 2, kAll}, {256, 4, 1, 16, 1, 2, kAll},
 };
 // Few queries, or a grid too small for the GPU: 64 queries a block; 80 keys, so that 77 are one
 // tile.
 constexpr FwdRow kFwdNarrow[] = {
-    {16, 4, 1, 80, 4, kAll},  {32, 4, 1, 80, 4, kAll},  {40, 4, 1, 80, 4, kAll},
-    {48, 4, 1, 80, 4, kAll},  {64, 4, 1, 80, 4, kAll},  {80, 4, 1, 80, 3, kAll},
-    {96, 4, 1, 80, 3, kAll},  {112, 4, 1, 80, 3, kAll}, {128, 4, 1, 80, 2, kAll},
-    {160, 4, 1, 48, 2, kAll}, {192, 4, 1, 32, 2, kAll}, {256, 4, 1, 32, 2, 4},
+    {16, 4, 1, 80, 1, 2, kAll},  {32, 4, 1, 80, 1, 2, kAll},  {40, 4, 1, 80, 1, 2, kAll},
+    {48, 4, 1, 80, 1, 2, kAll},  {64, 4, 1, 80, 1, 2, kAll},  {80, 4, 1, 80, 1, 2, kAll},
+    {96, 4, 1, 32, 2, 2, kAll},  {112, 4, 1, 32, 2, 2, kAll}, {128, 4, 1, 32, 2, 2, kAll},
+    {160, 4, 1, 32, 1, 2, kAll}, {192, 4, 1, 16, 2, 2, kAll}, {256, 4, 1, 16, 1, 2, kAll},
 };
 
 // One side of the backward: rows held by a block of 4 warps, against rows met.
@@ -113,11 +114,13 @@ struct FwdTiles {
   static constexpr int kThreads = kRow.warps * kWarp;
   static constexpr int kRowTiles = kRow.row_tiles;
   static constexpr int kBlockQ = kRow.warps * kRow.row_tiles * 16;
-  static constexpr int kBlockK = kRow.block_k;
-  static constexpr int kSlots = kRow.slots;
+  static constexpr int kSlice = kRow.slice;
+  static constexpr int kSlices = kRow.slices;
+  static constexpr int kBlockK = kSlice * kSlices;  // a stage
+  static constexpr int kStages = kRow.stages;
   static constexpr bool kQueryInRegisters = kRow.unroll == kAll;
   static constexpr int kUnroll = kQueryInRegisters ? kPadded / 16 : kRow.unroll;
-  static constexpr int kSharedBytes = (kBlockQ + kSlots * kBlockK) * kPadded * 2;
+  static constexpr int kSharedBytes = (kBlockQ + kSlice + 2 * kStages * kBlockK) * kPadded * 2;
   static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
 };
 
@@ -143,7 +146,7 @@ struct BwdTiles {
     static constexpr int kParts = kRow.parts;
     static constexpr int kColumns = kPadded / kParts;  // of the sums
     static constexpr int kSumTiles = kParts == 1 ? kDim / 8 : kColumns / 8;
-    static constexpr int kUnroll = kKept ? kPadded / 16 : kRow.unroll;
+    static constexpr int kUnroll = kPadded / 16;
     static constexpr int kStageBytes = 2 * kStep * kPadded * 2;  // q and do, or k and v
     static constexpr int kBytes = 2 * kRows * kPadded * 2 + kStages * kStageBytes;
     static_assert(kColumns % 16 == 0 && kStep % kSlice == 0 && kSlice % 16 == 0 &&

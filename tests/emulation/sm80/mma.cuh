@@ -10,6 +10,7 @@
 #define LDM_DEVICE inline
 #define LDM_KERNEL(threads, blocks) void
 #define LDM_PARAMS const FlashParams
+#define LDM_LIKELY(condition) __builtin_expect(condition, 1)
 #define LDM_UNROLL
 #define LDM_ROLLED
 
@@ -21,6 +22,7 @@ using std::min;
 
 inline uint32_t shared_base() { return 0; }
 inline int thread_index() { return machine().thread_index(); }
+inline int warp_index() { return thread_index() / kWarp; }
 inline int64_t block_index() { return machine().block; }
 inline void sync_block() { machine().barrier(); }
 
@@ -35,6 +37,12 @@ inline float shuffle_xor(float x, int lanes) {
   };
   return machine().collective<In, float>(In{x, lanes}, [](const In* in, float* out) {
     for (int lane = 0; lane < kWarp; ++lane) out[lane] = in[lane ^ in[lane].lanes].x;
+  });
+}
+inline bool any_lane(bool x) {
+  return machine().collective<bool, bool>(x, [](const bool* in, bool* out) {
+    const bool any = std::count(in, in + kWarp, true) > 0;
+    std::fill(out, out + kWarp, any);
   });
 }
 template <typename To, typename From>
