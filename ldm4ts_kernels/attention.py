@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm4ts_kernels import inputs
 from ldm4ts_kernels.backends import CHAINS, Arguments, Backend
+from ldm4ts_kernels.kernels.autograd import is_transformed
 from ldm4ts_kernels.requirements import Call, constant, describe
 
 logger = logging.getLogger("ldm4ts_kernels")
@@ -56,11 +58,12 @@ def attention_fn(
     """Compute softmax(scale * query @ keyᵀ + attn_mask) @ value, on the fastest backend that can.
 
     A drop-in for `torch.nn.functional.scaled_dot_product_attention`: the positional part has its
-    order and meaning, 3-D input is taken as one head, and under autocast the inputs are cast.
+    order and meaning, the leading dimensions may be fewer or more than (B, H), and under autocast
+    the inputs are cast. Under torch.func (grad, vmap, jvp) and forward-mode AD, SDPA serves.
 
     Args:
         query, key, value: float16, bfloat16, float32 or float64 of one device. Strides are free.
-        attn_mask: boolean (True attends) or of the query's dtype (added to the scores).
+        attn_mask: boolean (True attends), or float32 or of the query's dtype (added to the scores).
         dropout_p: probability of dropping an attention weight, in [0, 1).
         is_causal: query i attends keys j ≤ i. Excludes `attn_mask`.
         scale: factor of the scores; D ** -0.5 when None.
@@ -74,9 +77,9 @@ def attention_fn(
         ValueError: shapes, dtypes, devices or options disagree; the message names the argument.
         NotImplementedError: no backend, or not the one named, can serve the call; with each reason.
     """
-    if query.ndim == 3:
+    if query.ndim not in (0, 1, 4):
         result = attention_fn(
-            *_as_one_head(query, key, value, attn_mask),
+            *inputs.fold(query, key, value, attn_mask),
             dropout_p,
             is_causal,
             scale,
@@ -85,9 +88,9 @@ def attention_fn(
             backend=backend,
             return_lse=return_lse,
         )
-        return tuple(t.squeeze(1) for t in result) if return_lse else result.squeeze(1)
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        return inputs.unfold(result, query.shape, return_lse)
+    query, key, value, attn_mask = inputs.autocast(query, key, value, attn_mask)
+    inputs.check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     call = _describe(query, key, value, attn_mask, dropout_p, is_causal, return_lse, precision)
     if backend == "auto" and _has_one_key(call):
         _chain(precision)
@@ -119,10 +122,10 @@ def explain(
 
     Takes what `attention_fn` takes, runs nothing, and raises ValueError where that would.
     """
-    if query.ndim == 3:
-        query, key, value, attn_mask = _as_one_head(query, key, value, attn_mask)
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if query.ndim not in (0, 1, 4):
+        query, key, value, attn_mask = inputs.fold(query, key, value, attn_mask)
+    query, key, value, attn_mask = inputs.autocast(query, key, value, attn_mask)
+    inputs.check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     call = _describe(query, key, value, attn_mask, dropout_p, is_causal, return_lse, precision)
     return explain_call(call, precision=precision, backend=backend)
 
@@ -221,7 +224,8 @@ class _OneKey(torch.autograd.Function):
 
 
 def _has_one_key(call: Call) -> bool:
-    return call.key_length == 1 and not (call.mask or call.dropout or call.return_lse)
+    excluded = call.mask or call.dropout or call.return_lse or call.transformed
+    return call.key_length == 1 and not excluded
 
 
 def _describe(
@@ -250,6 +254,7 @@ def _describe(
         needs_grad=torch.is_grad_enabled() and (grads or mask == "additive with gradient"),
         return_lse=return_lse,
         default_stream=precision == "int8" and _on_default_stream(query.device),
+        transformed=is_transformed(),
     )
 
 
@@ -257,94 +262,3 @@ def _on_default_stream(device: torch.device) -> bool:
     if device.type != "cuda" or torch.compiler.is_compiling():
         return False
     return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
-
-
-def _autocast(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Cast as SDPA is cast under autocast: floating inputs to the autocast dtype."""
-    kind = query.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return query, key, value, attn_mask
-    if query.dtype == torch.float64:
-        return query, key, value, attn_mask
-    dtype = torch.get_autocast_dtype(kind)
-    if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = attn_mask.to(dtype)
-    return query.to(dtype), key.to(dtype), value.to(dtype), attn_mask
-
-
-def _as_one_head(
-    query: Tensor,  # (B, Q, D)
-    key: Tensor,  # (B, K, D)
-    value: Tensor,  # (B, K, E)
-    attn_mask: Tensor | None,  # broadcasts to (B, Q, K)
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.ndim != 3:
-            raise ValueError(f"{name} must be 3-D like query, got {tuple(tensor.shape)}")
-    if attn_mask is not None and attn_mask.ndim > 3:
-        raise ValueError(
-            f"attn_mask must broadcast to (B, Q, K) for 3-D query, got {tuple(attn_mask.shape)}"
-        )
-    if attn_mask is not None and attn_mask.ndim == 3:
-        attn_mask = attn_mask.unsqueeze(1)
-    return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> None:
-    _check_shapes(query, key, value, enable_gqa)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise ValueError(
-                f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
-    if not query.dtype.is_floating_point or query.dtype.itemsize == 1:
-        raise ValueError(f"query must be float16, bfloat16, float32 or float64, got {query.dtype}")
-    if attn_mask is not None:
-        _check_mask(query, key, attn_mask, is_causal)
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must have shape (B, H, N, D), got {tuple(tensor.shape)}")
-    B, H, _, D = query.shape
-    G, K = key.shape[1], key.shape[2]
-    if D == 0:
-        raise ValueError(f"query must have a head dim of at least 1, got {tuple(query.shape)}")
-    if key.shape != (B, G, K, D):
-        raise ValueError(f"key must have shape ({B}, {H}, K, {D}), got {tuple(key.shape)}")
-    if value.shape[:3] != (B, G, K):
-        raise ValueError(f"value must have shape ({B}, {G}, {K}, E), got {tuple(value.shape)}")
-    if H != G and not enable_gqa:
-        raise ValueError(
-            f"key must have {H} heads like query, got {G}; enable_gqa=True allows less"
-        )
-    if G == 0 or H % G:
-        raise ValueError(f"key must have a number of heads that divides the query's {H}, got {G}")
-
-
-def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor, is_causal: bool) -> None:
-    if is_causal:
-        raise ValueError("attn_mask and is_causal=True exclude each other")
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask must be on {query.device} like query, got {attn_mask.device}")
-    if attn_mask.dtype not in (torch.bool, query.dtype):
-        raise ValueError(f"attn_mask must be bool or {query.dtype}, got {attn_mask.dtype}")
-    full = (*query.shape[:3], key.shape[2])
-    sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
-    if attn_mask.ndim > 4 or any(size not in (1, whole) for size, whole in sizes):
-        raise ValueError(f"attn_mask must broadcast to {full}, got {tuple(attn_mask.shape)}")

@@ -170,6 +170,11 @@ def _triton_int8(arguments: Arguments) -> Result:
 
 def _sdpa(arguments: Arguments) -> Result:
     query, key, value, attn_mask, dropout_p, is_causal, scale, _ = arguments
+    if attn_mask is not None:
+        if attn_mask.dtype not in (torch.bool, query.dtype):  # its kernels on a GPU take no other
+            attn_mask = attn_mask.to(query.dtype)
+        if attn_mask.ndim < 2:
+            attn_mask = attn_mask.expand(1, key.shape[2])
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -178,7 +183,7 @@ def _sdpa(arguments: Arguments) -> Result:
         dropout_p,
         is_causal,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),  # torch.jit.trace makes it a tensor
     )
 
 
@@ -300,7 +305,7 @@ SAGEATTENTION = Backend(
     ),
     wheels.sageattention,
 )
-SDPA = Backend("sdpa", Requires(lse=False), _sdpa)
+SDPA = Backend("sdpa", Requires(lse=False, transforms=True), _sdpa)
 
 CHAINS: dict[str, tuple[Backend, ...]] = {
     "exact": (NATIVE, FLASH_ATTN, TRITON, FLASH_ATTN4, SDPA),

@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ldm4ts_kernels.kernels.autograd import (
+    below_autograd,
+    refuse_transforms,
+    register_autograd,
+    within_backward,
+)
 from ldm4ts_kernels.requirements import constant
 
 LIBRARY = Path(__file__).with_name("_C.so")
@@ -33,6 +38,7 @@ def _load() -> str | None:
     from ldm4ts_kernels.kernels.flops import register_attention_flops  # it imports triton
 
     _register_fakes()
+    _register_autograd()
     operators = torch.ops.ldm4ts_kernels
     register_attention_flops(operators.flash_forward, operators.flash_backward, value_at=3)
     return None
@@ -71,51 +77,56 @@ def _register_fakes() -> None:
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+def _register_autograd() -> None:
+    """Let the operators differentiate for who calls them by themselves."""
+    operators = torch.ops.ldm4ts_kernels
+    register_autograd(
+        operators.flash_forward.default,
+        operators.flash_backward.default,
+        save=_save,
+        differentiate=_differentiate,
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, attn_mask, ctx.is_causal, ctx.scale, seed, ctx.dropout_p = inputs
+    ctx.save_for_backward(query, key, value, attn_mask, *output, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, attn_mask, out, lse, seed = ctx.saved_tensors
+    if dout is None:  # the loss depends on the LSE alone
+        dout = torch.zeros_like(out)
+    elif dout.stride(-1) != 1:  # such as the expanded gradient of a sum
+        dout = dout.contiguous()
+    grads = within_backward(
+        torch.ops.ldm4ts_kernels.flash_backward.default,
+        dout,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        attn_mask,
+        dlse if dlse is None else dlse.contiguous(),
+        ctx.is_causal,
+        ctx.scale,
+        seed,
+        ctx.dropout_p,
+    )
+    return *grads, *[None] * 5
+
+
 class _FlashAttention(torch.autograd.Function):
     # Outside the operator: register_autograd costs twice as much a call (docs/kernels.md).
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        seed: Tensor | None,
-        dropout_p: float,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.ldm4ts_kernels.flash_forward.default(
-            query, key, value, attn_mask, is_causal, scale, seed, dropout_p
-        )
-        ctx.save_for_backward(query, key, value, attn_mask, out, lse, seed)
-        ctx.is_causal, ctx.scale, ctx.dropout_p = is_causal, scale, dropout_p
-        ctx.set_materialize_grads(False)
-        return out, lse
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = below_autograd(torch.ops.ldm4ts_kernels.flash_forward.default, *inputs)
+        _save(ctx, inputs, output)
+        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        query, key, value, attn_mask, out, lse, seed = ctx.saved_tensors
-        if dout is None:  # the loss depends on the LSE alone
-            dout = torch.zeros_like(out)
-        elif dout.stride(-1) != 1:  # such as the expanded gradient of a sum
-            dout = dout.contiguous()
-        grads = torch.ops.ldm4ts_kernels.flash_backward.default(
-            dout,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            attn_mask,
-            dlse if dlse is None else dlse.contiguous(),
-            ctx.is_causal,
-            ctx.scale,
-            seed,
-            ctx.dropout_p,
-        )
-        return *grads, *[None] * 5
+    backward = staticmethod(_differentiate)
 
 
 def flash_attention(
@@ -139,14 +150,16 @@ def flash_attention(
     gradient. A row that sees no key gives 0 and LSE -inf. `seed` fixes which weights dropout drops,
     the same as in `kernels.flash`, and is drawn when None.
 
-    Output and gradients are the same in every run.
+    Output and gradients are the same in every run. The gradients have no derivative.
 
     Source: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2.
 
     Raises:
         RuntimeError: the extension is not usable (`load_error`), or an argument is not as above:
             the message names it.
+        NotImplementedError: torch.func or forward-mode AD looks at the call.
     """
+    refuse_transforms()
     if error := load_error():
         raise RuntimeError(error)
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
@@ -160,7 +173,8 @@ def flash_attention(
             query, key, value, attn_mask, is_causal, scale, seed, dropout_p
         )
     else:
-        out, lse = torch.ops.ldm4ts_kernels.flash_forward.default(
-            query, key, value, attn_mask, is_causal, scale, seed, dropout_p
+        forward = torch.ops.ldm4ts_kernels.flash_forward.default
+        out, lse = below_autograd(
+            forward, query, key, value, attn_mask, is_causal, scale, seed, dropout_p
         )
     return (out, lse) if return_lse else out

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm4ts_kernels.backends import NATIVE, TRITON
+from ldm4ts_kernels.kernels.autograd import below_autograd, within_backward
 from ldm4ts_kernels.requirements import Call, describe
 
 SERVERS = {row.name: row for row in (NATIVE, TRITON)}
@@ -47,12 +48,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # (B, H, Q, D), (B, H, Q)
     """Compute softmax(scale * query @ keyᵀ) @ value, and the LSE of the scores."""
     if server == "native":
-        return torch.ops.ldm4ts_kernels.flash_forward.default(
-            query, key, value, None, is_causal, scale
-        )
-    return torch.ops.ldm4ts_kernels.triton_flash_forward.default(
-        query, key, value, *_triton_options(scale, is_causal)
-    )
+        operator = torch.ops.ldm4ts_kernels.flash_forward.default
+        return below_autograd(operator, query, key, value, None, is_causal, scale)
+    operator = torch.ops.ldm4ts_kernels.triton_flash_forward.default
+    return below_autograd(operator, query, key, value, *_triton_options(scale, is_causal))
 
 
 def backward(
@@ -69,12 +68,12 @@ def backward(
     """Compute the gradients of `forward`, with the weights exp(scores - lse)."""
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     if server == "native":
-        return torch.ops.ldm4ts_kernels.flash_backward.default(
-            dout, query, key, value, out, lse, None, None, is_causal, scale
-        )
-    return torch.ops.ldm4ts_kernels.triton_flash_backward.default(
-        dout, None, query, key, value, out, lse, *_triton_options(scale, is_causal), False
-    )[:3]
+        operator = torch.ops.ldm4ts_kernels.flash_backward.default
+        given = (dout, query, key, value, out, lse, None, None, is_causal, scale)
+        return within_backward(operator, *given)
+    operator = torch.ops.ldm4ts_kernels.triton_flash_backward.default
+    given = (dout, None, query, key, value, out, lse, *_triton_options(scale, is_causal), False)
+    return within_backward(operator, *given)[:3]
 
 
 def _triton_options(scale: float, is_causal: bool) -> tuple[Any, ...]:

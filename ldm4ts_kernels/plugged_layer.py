@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm4ts_kernels.attention import Explanation, attention_fn, explain, explain_call
+from ldm4ts_kernels.kernels.autograd import is_transformed
 from ldm4ts_kernels.requirements import Call
 
 
@@ -97,6 +98,7 @@ class PluggedLayer:
             ),
             torch.is_grad_enabled(),
             torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind),
+            is_transformed(),
             *options.items(),
         )
         if form not in self._calls:

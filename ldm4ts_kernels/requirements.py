@@ -37,6 +37,7 @@ class Call(NamedTuple):
     return_lse: bool
     unit_stride: bool  # the last dimension of query, key and value has stride 1
     default_stream: bool  # the current stream is known to be the device's default one
+    transformed: bool = False  # torch.func or forward-mode AD looks at the call
 
 
 def describe(query: Tensor, key: Tensor, value: Tensor, **features: Any) -> Call:
@@ -58,7 +59,7 @@ def describe(query: Tensor, key: Tensor, value: Tensor, **features: Any) -> Call
 
 @dataclass(frozen=True, slots=True)
 class Requires:
-    """What a backend needs of a call. The defaults accept everything."""
+    """What a backend needs of a call. The defaults accept everything but torch's transforms."""
 
     loads: Callable[[], str | None] | None = None
     module: str | None = None
@@ -77,6 +78,7 @@ class Requires:
     unequal_causal: bool = True
     unequal_head_dims: bool = True
     any_stride: bool = True
+    transforms: bool = False
     extra: tuple[Callable[[Call], str | None], ...] = ()
 
     def unmet(self, call: Call) -> list[str]:
@@ -143,6 +145,8 @@ class Requires:
             reasons.append("returns an LSE that carries no gradient")
         if call.is_causal and not self.unequal_causal and call.query_length != call.key_length:
             reasons.append("has no top-left causal mask for unequal query and key lengths")
+        if call.transformed and not self.transforms:
+            reasons.append("knows neither torch.func nor forward-mode AD")
         return reasons
 
 

@@ -219,15 +219,27 @@ def test_many_queries_of_few_keys_are_summed_in_splits(device, poison):
     compare(draw(Shape(1, 1, 1, 900, 20, 16), torch.float32, device), {})
 
 
-def test_the_operators_pass_opcheck(device):
-    query, key, value = (tensor.detach() for tensor in draw(SMALL[4], torch.float32, device))
-    options = (None, None, 0.3, 0.0, None, None, None, False)
+@pytest.mark.parametrize("kind", [None, torch.bool, torch.float32])
+def test_the_operators_pass_opcheck_and_differentiate_once(kind, device):
+    leaves = draw(SMALL[1], torch.float32, device)
+    mask = None
+    if kind is not None:
+        mask = torch.randn(*SMALL[1][3:5], device=device)
+        mask = mask > 0 if kind == torch.bool else mask.requires_grad_()
+    options = (mask, None, 0.3, 0.0, None, None, None, False)
     ops = torch.ops.ldm4ts_kernels
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.triton_flash_forward, (query, key, value, *options), test_utils=tests)
-    out, lse = ops.triton_flash_forward(query, key, value, *options)
-    arguments = (torch.randn_like(out), None, query, key, value, out, lse, *options, False)
-    torch.library.opcheck(ops.triton_flash_backward, arguments, test_utils=tests)
+    torch.library.opcheck(ops.triton_flash_forward, (*leaves, *options))
+    out, lse = ops.triton_flash_forward(*leaves, *options)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), leaves, create_graph=True)
+    plain, plain_lse = flash_attention(*leaves, mask, scale=0.3, return_lse=True)
+    theirs = torch.autograd.grad(plain.sum() + plain_lse.sum(), leaves)
+    assert all(map(torch.equal, grads, theirs))
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        grads[0].sum().backward()
+    tensors = [tensor.detach() for tensor in (torch.randn_like(out), *leaves, out, lse)]
+    options = (None if mask is None else mask.detach(), *options[1:], mask is not None)
+    arguments = (tensors[0], None, *tensors[1:], *options)
+    torch.library.opcheck(ops.triton_flash_backward, arguments)
 
 
 def test_it_compiles_as_one_graph_forward_and_backward(device):

@@ -205,15 +205,22 @@ def test_it_keeps_less_for_the_backward_pass_than_exact_attention(head_dim, most
     assert ours < most * exact
 
 
-def test_the_operators_pass_opcheck(device):
-    query, key, value = (x.detach() for x in draw(SMALL[4], torch.float16, device))
+def test_the_operators_pass_opcheck_and_differentiate_once(device):
+    leaves = draw(SMALL[1], torch.float16, device)
     options = (None, 0.3, None, None, False)
     ops = torch.ops.ldm4ts_kernels
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.triton_int8_forward, (query, key, value, *options), test_utils=tests)
-    out, lse, _, *quantised = ops.triton_int8_forward(query, key, value, *options)
-    arguments = (torch.randn_like(out), None, *quantised, value, out, lse, *options)
-    torch.library.opcheck(ops.triton_int8_backward, arguments, test_utils=tests)
+    torch.library.opcheck(ops.triton_int8_forward, (*(x.detach() for x in leaves), *options))
+    out, lse, _, *quantised = ops.triton_int8_forward(*leaves, *options)
+    grads = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    theirs = torch.autograd.grad(int8_attention(*leaves, scale=0.3).sum(), leaves)
+    assert all(map(torch.equal, grads, theirs))
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        grads[0].sum().backward()
+    with pytest.raises(NotImplementedError, match="only the first output has a gradient"):
+        lse.sum().backward()
+    tensors = [x.detach() for x in (torch.randn_like(out), *quantised, leaves[2], out, lse)]
+    arguments = (tensors[0], None, *tensors[1:], *options)
+    torch.library.opcheck(ops.triton_int8_backward, arguments)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])

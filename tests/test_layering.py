@@ -6,7 +6,8 @@ from pathlib import Path
 PACKAGE = "ldm4ts_kernels"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
-    ("reference", "requirements", "graphs", "optimizers", "kernels.primitives", "kernels.tuning"),
+    ("reference", "graphs", "optimizers", "kernels.primitives", "kernels.tuning"),
+    ("requirements", "inputs", "kernels.autograd"),
     ("memory_trace", "kernels.problem", "kernels.flops", "kernels.launch"),
     ("kernels.flash_forward", "kernels.quantize", "kernels.row_terms"),
     ("kernels.flash_backward", "kernels.int8_forward"),

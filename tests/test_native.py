@@ -111,6 +111,7 @@ def cpu_kernels():
         for schema in SCHEMAS:
             library.define(schema)
         native._register_fakes()
+        native._register_autograd()
         patch.setattr(native, "load_error", lambda: None)
     library.impl("flash_forward", forward_on_cpu, "CPU")
     library.impl("flash_backward", backward_on_cpu, "CPU")
@@ -179,18 +180,31 @@ def test_training_compiles_without_a_graph_break():
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.usefixtures("cpu_kernels")
-def test_operators_pass_opcheck():
-    query, key, value = inputs_on_cpu(requires_grad=False)
+def hold_to_opcheck(given: list[Tensor], mask: Tensor) -> None:
+    """Check both operators, the gradient of the forward one, and that there is no second."""
     ops = torch.ops.ldm4ts_kernels
-    tests = ("test_schema", "test_faketensor")
-    mask = torch.randn(5, 7, dtype=torch.float64)
-    out, lse = ops.flash_forward.default(query, key, value, mask, False, 0.3)
-    torch.library.opcheck(
-        ops.flash_forward.default, (query, key, value, mask, False, 0.3), test_utils=tests
-    )
-    sent = (torch.randn_like(out), query, key, value, out, lse, mask, None, False, 0.3)
-    torch.library.opcheck(ops.flash_backward.default, sent, test_utils=tests)
+    torch.library.opcheck(ops.flash_forward.default, (*given, mask, False, 0.3))
+    out, lse = ops.flash_forward.default(*given, mask, False, 0.3)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), given, create_graph=True)
+    plain, plain_lse = native.flash_attention(*given, mask, scale=0.3, return_lse=True)
+    theirs = torch.autograd.grad(plain.sum() + plain_lse.sum(), given)
+    assert all(map(torch.equal, grads, theirs))
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        grads[0].sum().backward()
+    sent = [tensor.detach() for tensor in (torch.randn_like(out), *given, out, lse)]
+    torch.library.opcheck(ops.flash_backward.default, (*sent, mask, None, False, 0.3))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_operators_pass_opcheck_and_differentiate_once():
+    hold_to_opcheck(inputs_on_cpu(), torch.randn(5, 7, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_forward_mode_ad_is_refused():
+    query = inputs_on_cpu(requires_grad=False)[1]
+    with pytest.raises(NotImplementedError, match="know neither"):
+        torch.func.jvp(lambda x: native.flash_attention(x, x, x), (query,), (query,))
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -287,6 +301,13 @@ def test_no_two_of_250_runs_differ(length):
         found = [out, lse, *torch.autograd.grad(out.sum(), (query, key, value))]
         first = first or found
         assert all(map(torch.equal, found, first))
+
+
+@built
+@pytest.mark.gpu
+def test_operators_pass_opcheck_on_a_gpu():
+    given = draw(Shape(2, 4, 2, 50, 70, 40), torch.float16, torch.device("cuda"))
+    hold_to_opcheck(list(given), torch.randn(50, 70, device="cuda", dtype=torch.float16))
 
 
 @built

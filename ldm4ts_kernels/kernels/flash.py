@@ -1,7 +1,7 @@
 """Exact attention in Triton as torch operators and one autograd Function.
 
 `torch.ops.ldm4ts_kernels.triton_flash_forward` and `…_backward` are opaque to torch.compile, have
-fake kernels, and save nothing: whoever differentiates them keeps query, key, value, out and LSE.
+fake kernels, and differentiate once.
 """
 
 import functools
@@ -10,6 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm4ts_kernels.kernels.autograd import (
+    below_autograd,
+    refuse_transforms,
+    register_autograd,
+    within_backward,
+)
 from ldm4ts_kernels.kernels.flash_backward import flash_backward
 from ldm4ts_kernels.kernels.flash_forward import flash_forward
 from ldm4ts_kernels.kernels.flops import register_attention_flops
@@ -180,43 +186,50 @@ def problem_of(
     )
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, attn_mask, seed, *options = inputs
+    ctx.save_for_backward(query, key, value, *output, attn_mask, seed)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse, attn_mask, seed = ctx.saved_tensors
+    mask_gradient = ctx.needs_input_grad[3]
+    dq, dk, dv, dmask = within_backward(
+        torch.ops.ldm4ts_kernels.triton_flash_backward.default,
+        torch.zeros_like(out) if dout is None else dout,
+        dlse if dlse is None else dlse.contiguous(),
+        query,
+        key,
+        value,
+        out,
+        lse,
+        attn_mask,
+        seed,
+        *ctx.options,
+        mask_gradient,
+    )
+    return dq, dk, dv, dmask if mask_gradient else None, None, *[None] * len(ctx.options)
+
+
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        seed: Tensor | None,
-        *options: Any,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.ldm4ts_kernels.triton_flash_forward.default(
-            query, key, value, attn_mask, seed, *options
-        )
-        ctx.save_for_backward(query, key, value, out, lse, attn_mask, seed)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return out, lse
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = below_autograd(torch.ops.ldm4ts_kernels.triton_flash_forward.default, *inputs)
+        _save(ctx, inputs, output)
+        return output
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, attn_mask, seed = ctx.saved_tensors
-        mask_gradient = ctx.needs_input_grad[3]
-        dq, dk, dv, dmask = torch.ops.ldm4ts_kernels.triton_flash_backward.default(
-            torch.zeros_like(out) if dout is None else dout,
-            dlse if dlse is None else dlse.contiguous(),
-            query,
-            key,
-            value,
-            out,
-            lse,
-            attn_mask,
-            seed,
-            *ctx.options,
-            mask_gradient,
-        )
-        return dq, dk, dv, dmask if mask_gradient else None, None, *[None] * len(ctx.options)
+    backward = staticmethod(_differentiate)
+
+
+register_autograd(
+    torch.ops.ldm4ts_kernels.triton_flash_forward.default,
+    torch.ops.ldm4ts_kernels.triton_flash_backward.default,
+    save=_save,
+    differentiate=_differentiate,
+    library=_LIBRARY,
+)
 
 
 def flash_attention(
@@ -245,8 +258,10 @@ def flash_attention(
         return_lse: also return the natural-log LSE, float32; it carries gradients.
 
     A query that may attend no key gives 0, LSE -inf, and sends no gradient. The backward pass is
-    deterministic. Source: FlashAttention-2, arXiv 2307.08691.
+    deterministic, and has no derivative. Under torch.func and forward-mode AD it raises
+    NotImplementedError. Source: FlashAttention-2, arXiv 2307.08691.
     """
+    refuse_transforms()
     left, right = window
     if is_causal:
         right = 0 if right is None else min(right, 0)
@@ -259,7 +274,6 @@ def flash_attention(
     if grads and torch.is_grad_enabled():
         out, lse = _FlashAttention.apply(query, key, value, *options)
     else:
-        out, lse = torch.ops.ldm4ts_kernels.triton_flash_forward.default(
-            query, key, value, *options
-        )
+        forward = torch.ops.ldm4ts_kernels.triton_flash_forward.default
+        out, lse = below_autograd(forward, query, key, value, *options)
     return (out, lse) if return_lse else out

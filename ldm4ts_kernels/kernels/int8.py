@@ -1,9 +1,9 @@
 """INT8 attention in Triton as torch operators and one autograd Function.
 
-`torch.ops.ldm4ts_kernels.triton_int8_forward` and `…_backward` are opaque to torch.compile and have
-fake kernels. The backward pass needs the INT8 query and key, so they are what is kept of the two:
-with value, output and a few numbers a row, 6 bytes an element of a head instead of the 8 that exact
-attention keeps.
+`torch.ops.ldm4ts_kernels.triton_int8_forward` and `…_backward` are opaque to torch.compile, have
+fake kernels, and differentiate once. The backward pass needs the INT8 query and key, so they are
+what is kept of the two: with value, output and a few numbers a row, 6 bytes an element of a head
+instead of the 8 that exact attention keeps.
 """
 
 from typing import Any
@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm4ts_kernels.kernels.autograd import (
+    below_autograd,
+    refuse_transforms,
+    register_autograd,
+    within_backward,
+)
 from ldm4ts_kernels.kernels.flash import (
     INTERPRET,
     empty_like,
@@ -115,38 +121,55 @@ def _int8_problem(
     return problem_of(query, key, attn_mask, scale, dropout_p, softcap, *band)
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, value, attn_mask, *options = inputs
+    out, lse, _, *quantised = output
+    ctx.save_for_backward(*quantised, value, out, lse, attn_mask)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *kept, out, lse, attn_mask = ctx.saved_tensors
+    dq, dk, dv = within_backward(
+        torch.ops.ldm4ts_kernels.triton_int8_backward.default,
+        torch.zeros_like(out) if dout is None else dout,
+        dlse if dlse is None else dlse.contiguous(),
+        *kept,
+        out,
+        lse,
+        attn_mask,
+        *ctx.options,
+    )
+    return dq, dk, dv, None, *[None] * len(ctx.options)
+
+
+def _differentiate_operator(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> Any:
+    if any(grad is not None for grad in others):
+        raise NotImplementedError("of triton_int8_forward only the first output has a gradient")
+    return _differentiate(ctx, dout, None)
+
+
 class _Int8Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        return_lse: bool,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        *options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        out, lse, lse_shift, *quantised = torch.ops.ldm4ts_kernels.triton_int8_forward.default(
-            query, key, value, attn_mask, *options
-        )
-        ctx.save_for_backward(*quantised, value, out, lse, attn_mask)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, return_lse: bool, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        output = below_autograd(torch.ops.ldm4ts_kernels.triton_int8_forward.default, *inputs)
+        _save(ctx, inputs, output)
+        out, lse, lse_shift, *_ = output
         return out, lse + lse_shift if return_lse else None
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *kept, out, lse, attn_mask = ctx.saved_tensors
-        dq, dk, dv = torch.ops.ldm4ts_kernels.triton_int8_backward.default(
-            torch.zeros_like(out) if dout is None else dout,
-            dlse if dlse is None else dlse.contiguous(),
-            *kept,
-            out,
-            lse,
-            attn_mask,
-            *ctx.options,
-        )
-        return None, dq, dk, dv, None, *[None] * len(ctx.options)
+        return None, *_differentiate(ctx, dout, dlse)
+
+
+register_autograd(
+    torch.ops.ldm4ts_kernels.triton_int8_forward.default,
+    torch.ops.ldm4ts_kernels.triton_int8_backward.default,
+    save=_save,
+    differentiate=_differentiate_operator,
+    library=_LIBRARY,
+)
 
 
 def int8_attention(
@@ -179,10 +202,11 @@ def int8_attention(
     LSE -inf, and sends no gradient. Values that are not finite reach all that share their scale.
 
     Raises:
-        NotImplementedError: `attn_mask` asks for a gradient.
+        NotImplementedError: `attn_mask` asks for a gradient; torch.func or forward AD.
 
     Source: SageAttention, arXiv 2410.02367; SageBwd, arXiv 2505.11594 section 4 and 2603.02170.
     """
+    refuse_transforms()
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError("attn_mask must not require a gradient: INT8 attention has none")
     left, right = window
@@ -194,5 +218,6 @@ def int8_attention(
     if grads and torch.is_grad_enabled():
         out, lse = _Int8Attention.apply(return_lse, *arguments)
         return (out, lse) if return_lse else out
-    out, lse, lse_shift, *_ = torch.ops.ldm4ts_kernels.triton_int8_forward.default(*arguments)
+    forward = torch.ops.ldm4ts_kernels.triton_int8_forward.default
+    out, lse, lse_shift, *_ = below_autograd(forward, *arguments)
     return (out, lse + lse_shift) if return_lse else out
