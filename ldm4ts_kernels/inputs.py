@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm4ts_kernels.requirements import constant
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
@@ -53,7 +55,7 @@ def unfold(result: Any, shape: torch.Size, return_lse: bool) -> Any:
 def autocast(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Inputs:
     """Cast as SDPA is cast under autocast: each floating tensor but float64 to its dtype."""
     kind = query.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _may_autocast(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value, attn_mask
     dtype = torch.get_autocast_dtype(kind)
 
@@ -62,6 +64,11 @@ def autocast(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
         return tensor.to(dtype) if eligible else tensor
 
     return cast(query), cast(key), cast(value), attn_mask if attn_mask is None else cast(attn_mask)
+
+
+@constant  # torch 2.11's Dynamo does not know the question
+def _may_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def check(

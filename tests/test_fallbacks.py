@@ -58,6 +58,10 @@ CALLS = [
     ("triton_int8", {"dtype": torch.float32}, "takes bfloat16, float16, got float32"),
     ("triton_int8", {"head_dim": 512, "value_dim": 512}, "takes head dims up to 256, got 512"),
     ("triton_int8", {"mask": "additive with gradient"}, "takes no additive with gradient mask"),
+    *(
+        (backend, {"transformed": True}, "knows neither torch.func nor forward-mode AD")
+        for backend in ("native", "flash_attn", "triton", "sageattention", "triton_int8")
+    ),
 ]
 
 

@@ -7,8 +7,8 @@ PACKAGE = "ldm4ts_kernels"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
     ("reference", "graphs", "optimizers", "kernels.primitives", "kernels.tuning"),
-    ("requirements", "inputs", "kernels.autograd"),
-    ("memory_trace", "kernels.problem", "kernels.flops", "kernels.launch"),
+    ("requirements", "kernels.autograd"),
+    ("inputs", "memory_trace", "kernels.problem", "kernels.flops", "kernels.launch"),
     ("kernels.flash_forward", "kernels.quantize", "kernels.row_terms"),
     ("kernels.flash_backward", "kernels.int8_forward"),
     ("kernels.flash", "kernels.int8_backward", "native"),
