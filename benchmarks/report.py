@@ -14,7 +14,10 @@ from pathlib import Path
 from benchmarks.measure import RESULTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "triton.md", ROOT / "docs" / "accuracy.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("triton", "accuracy", "integrations")),
+)
 Rows = list[dict[str, str]]
 PEERS = {"sdpa flash": "FlashAttention-2", "sdpa cudnn": "cuDNN", "flex": "FlexAttention"}
 OWN = ("native", "triton")  # our exact kernels
@@ -144,6 +147,28 @@ def accuracy(rows: Rows) -> list[str]:
     return [*lines, "", source(rows)]
 
 
+def unet_step(rows: Rows) -> list[str]:
+    """One line a U-Net and attention: ms and peak of a denoising and of a training step."""
+    found = {(row["model"], row["attention"], row["step"]): row for row in rows}
+    lines = [
+        "| U-Net, batch | attention | denoising | peak | training | peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, attention in dict.fromkeys(key[:2] for key in found):
+        cells = [f"{model}, {found[model, attention, 'denoising']['batch']}", attention]
+        for step in ("denoising", "training"):
+            row = found[model, attention, step]
+            if row["median_ms"]:
+                time = f"{float(row['median_ms']):.1f} ms"
+                if sdpa := found[model, "sdpa", step]["median_ms"]:
+                    time += f" ({float(sdpa) / float(row['median_ms']):.2f} ×)"
+                cells += [time, f"{float(row['peak_mib']) / 1024:.2f} GiB"]
+            else:
+                cells += ["–", row["refusal"].split(": ", 1)[-1]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", f"× is SDPA's time ÷ its own. {source(rows)}"]
+
+
 def source(rows: Rows) -> str:
     """Say where a table's figures come from."""
     return f"*{rows[0]['gpu']}; {rows[0]['versions']}; `{rows[0]['command']}`.*"
@@ -154,6 +179,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "attention_gains": attention_gains,
     "attention_speed": attention_speed,
     "kept_activations": kept_activations,
+    "unet_step": unet_step,
     "vram_accuracy": vram_accuracy,
 }
 
