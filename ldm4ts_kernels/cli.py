@@ -4,6 +4,7 @@ Exit codes: 0; 1 for a failed run; 2 for wrong usage; 130 when stopped by Ctrl-C
 """
 
 import sys
+from typing import Any, NoReturn
 
 EXTRAS = {"nicegui": "panel"}  # all else comes with the extra ldm4ts
 
@@ -20,13 +21,19 @@ def main() -> None:
 
 
 def _run() -> int:
+    import typer
+
     from ldm4ts_kernels.data import OptionError
     from ldm4ts_kernels.machine_commands import app
     from ldm4ts_kernels.training import TrainingInterrupted
 
     debug = "--debug" in sys.argv
+    # Typer carries a click of its own; this is how its name for wrong usage is to be had.
+    usage_error: type[Any] = typer.BadParameter.__bases__[0]
     try:
-        app(prog_name="ldm4ts")
+        return app(prog_name="ldm4ts", standalone_mode=False) or 0
+    except usage_error as error:
+        _explain_usage(error)
     except TrainingInterrupted as stopped:
         _exit_with(str(stopped), 130)
     except OptionError as error:
@@ -38,10 +45,18 @@ def _run() -> int:
             raise
         hint = "" if isinstance(error, ValueError) else "; `ldm4ts --debug ...` shows where"
         _exit_with(f"{error}{hint}", 1)
-    return 0
 
 
-def _exit_with(message: str, code: int) -> None:
+def _explain_usage(error: Any) -> NoReturn:
+    """Say in one line what is wrong and where the options are; the bare command shows its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(2)
+    command = error.ctx.command_path if error.ctx else "ldm4ts"
+    _exit_with(f"{error.format_message().rstrip('.')}; `{command} --help` lists the options", 2)
+
+
+def _exit_with(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"ldm4ts: {' '.join(message.split())}\n")
     sys.exit(code)
 

@@ -149,10 +149,12 @@ def forecast_command(
     ] = None,
 ) -> None:
     """Forecast what follows a series: a table, a picture with quantile fans and a CSV file."""
+    picture = output or run / "forecast.png"
+    if output is not None:  # a run has its directory, and where none is the error names it
+        picture.parent.mkdir(parents=True, exist_ok=True)
     result = forecast(
         run, path, hold_out, samples, sampling_steps, seed, device, attention, checkpoint
     )
-    picture = output or run / "forecast.png"
     frame = result.to_frame()
     title = f"{result.source}: forecast from {result.last}, {result.samples} draws"
     save_fan_chart(

@@ -11,7 +11,7 @@ from ldm4ts_kernels.checkpoints import find_checkpoints
 from ldm4ts_kernels.data import OptionError, load_series
 from ldm4ts_kernels.graphs import CudaGraphs
 from ldm4ts_kernels.model import LDM4TSModel
-from ldm4ts_kernels.runs import read_config, read_scaler
+from ldm4ts_kernels.runs import CHOICES, read_config, read_scaler
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -58,9 +58,10 @@ def forecast(
     directory is a run's; its model/ is used, or its newest checkpoint while it has none, or the
     checkpoint of that name, such as "forecaster-200". path is a newer file with the same columns as
     the run's data. sampling_steps: DDIM's, None for the model's own. Raises OptionError for a
-    directory without a trained model or without that checkpoint, ValueError for data that do not
-    fit or a bad count.
+    directory without a trained model or without that checkpoint and for a bad option, DataError for
+    data that do not fit.
     """
+    _check_options(samples, sampling_steps, device, attention_backend)
     config = read_config(directory)
     model_path = _model_path(Path(directory), checkpoint)
     data = config.data if path is None else replace(config.data, path=path)
@@ -69,8 +70,6 @@ def forecast(
     if hold_out < 0 or end < series.history:
         most = len(series.values) - series.history
         raise OptionError(f"hold_out: expected 0 .. {most} rows, got {hold_out}")
-    if samples < 2:
-        raise OptionError(f"samples: expected at least 2 draws for quantiles, got {samples}")
     model = _load_model(Path(directory), model_path, device, attention_backend)
     scaler = read_scaler(directory)
     window = scaler.transform(series.values[end - series.history : end])  # (L, V)
@@ -90,6 +89,19 @@ def forecast(
         actual=series.values[known][:, targets] if known[-1] < len(series.values) else None,
         samples=samples,
     )
+
+
+def _check_options(samples: int, sampling_steps: int | None, device: str, attention: str) -> None:
+    if samples < 2:
+        raise OptionError(f"samples: expected at least 2 draws for quantiles, got {samples}")
+    if sampling_steps is not None and sampling_steps < 1:
+        raise OptionError(f"sampling_steps: expected at least 1, got {sampling_steps}")
+    given = {"device": (device, "auto"), "attention_backend": (attention, "")}
+    for name, (value, also) in given.items():
+        if value not in (*CHOICES[name], also):
+            raise OptionError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device: torch finds no CUDA GPU here; --device cpu forecasts without")
 
 
 def find_forecasters(directory: str | Path) -> list[str]:

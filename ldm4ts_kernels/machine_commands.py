@@ -61,8 +61,8 @@ def _line(text: str) -> None:
 
 @app.command("backends")
 def backends_command(
-    head_dim: Annotated[int, typer.Option("--head-dim", help="Width of a head.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", help="Queries and keys.")] = 1024,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="Width of a head.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Queries and keys.")] = 1024,
     training: Annotated[bool, typer.Option("--training", help="A gradient is needed.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -229,7 +229,9 @@ def _train_command(found: Recommendation, preset: str, image_size: int | None) -
 
 @app.command("panel")
 def panel_command(
-    port: Annotated[int, typer.Option("--port", help="To listen on.")] = 8080,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="To listen on; 0: a free one.")
+    ] = 8080,
     host: Annotated[
         str, typer.Option("--host", help="Address; other than this machine's needs a --token.")
     ] = "127.0.0.1",

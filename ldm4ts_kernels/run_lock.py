@@ -43,9 +43,10 @@ def hold(directory: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
-            if made and [path] == list(directory.iterdir()):  # the run never began
+            if not (directory / "config.json").exists():  # the run never began
                 path.unlink()
-                directory.rmdir()
+                if made and not any(directory.iterdir()):
+                    directory.rmdir()
 
 
 def find_holder(directory: Path) -> int | None:

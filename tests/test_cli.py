@@ -182,17 +182,29 @@ def test_bench_says_that_nothing_was_measured_without_a_gpu(ldm4ts):
         ("panel --host 0.0.0.0", 2, "token: --host 0.0.0.0 lets other machines in"),
         ("panel --host 0.0.0.0 --token short", 2, "token: expected at least 8 characters"),
         ("forecast nowhere", 2, "nowhere holds no run"),
+        ("forecast nowhere --device tpu", 2, "device: expected one of cpu, cuda, got 'tpu'"),
+        ("forecast nowhere --attention x", 2, "attention_backend: expected one of default"),
+        ("forecast nowhere --sampling-steps 0", 2, "sampling_steps: expected at least 1"),
+        ("forecast", 2, "Missing argument 'run'; `ldm4ts forecast --help` lists"),
+        ("train --stepps 3", 2, "No such option: --stepps"),
+        ("train --steps x", 2, "Invalid value for '--steps'"),
+        ("tarin", 2, "No such command 'tarin'"),
+        ("panel --port 99999", 2, "Invalid value for '--port'"),
+        ("backends --tokens 0", 2, "Invalid value for '--tokens'"),
     ],
 )
 def test_an_error_is_one_line_on_stderr_and_a_code(ldm4ts, arguments, code, message):
     ended, _, err = ldm4ts(*arguments.split())
     assert ended == code
     assert err.splitlines()[-1].startswith(f"ldm4ts: {message}")
+    assert len([line for line in err.splitlines() if " -> runs/" not in line]) == 1
     assert "Traceback" not in err
 
 
-def test_an_unknown_option_is_wrong_usage(ldm4ts):
-    assert ldm4ts("train", "--stepps", "3")[0] == 2
+def test_the_bare_command_shows_its_help(ldm4ts):
+    code, out, err = ldm4ts()
+    assert code == 2
+    assert "recommend" in out + err
 
 
 def test_a_bad_file_is_a_failed_run(ldm4ts, tmp_path):

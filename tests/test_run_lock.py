@@ -58,6 +58,12 @@ def test_a_directory_in_which_no_run_began_is_removed_again(tmp_path):
         train(tiny_config(tmp_path, model_fields={"image_size": (100, 100)}))
     assert not (tmp_path / "run").exists()
     assert find_holder(tmp_path / "run") is None
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(OptionError, match="is no run"):
+        train(tiny_config(tmp_path, "thesis"))
+    assert os.listdir(foreign) == ["thesis.tex"]
 
 
 def test_where_the_disk_knows_no_locks_a_line_says_so(tmp_path, monkeypatch, caplog):
