@@ -130,7 +130,8 @@ def accelerate_attention(
         reasons = [f"{item.name}: {item.reason}" for item in unplugged[:5]]
         raise ValueError(
             f"model_or_pipeline must have attention layers to plug, {_kind(model_or_pipeline)} has"
-            f" none ({'; '.join(reasons) or 'nothing in it looks like attention'})"
+            f" none ({'; '.join(reasons) or 'nothing in it looks like attention'});"
+            " sdpa_override.activate() serves code that calls scaled_dot_product_attention"
         )
     installed: list[Installed] = []
     with contextlib.ExitStack() as undo:  # a plug that fails takes the others off again

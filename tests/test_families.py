@@ -118,6 +118,35 @@ def test_a_plugged_model_does_what_it_did(family, check, tmp_path):
     check(family, tmp_path)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_plugged_model_has_the_forward_mode_derivatives_that_it_had(family):
+    """As MeanFlow and consistency training take them: SDPA serves, whatever `auto` would take."""
+
+    class Loss(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return family.call(self.model).square().mean()
+
+    results = []
+    for plug in (False, True):
+        module = Loss(build(family))
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        tangents = {name: torch.full_like(p, 0.1) for name, p in parameters.items()}
+        handle = accelerate_attention(module) if plug else None
+
+        def loss(given, module=module):
+            return torch.func.functional_call(module, given, ())
+
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            results.append(torch.func.jvp(loss, (parameters,), (tangents,)))
+    torch.testing.assert_close(*results)
+    assert results[0][1] != 0
+    assert {row.served_by for row in handle.report()} == {"sdpa"}
+
+
 def test_the_document_shows_what_is_tested_here():
     lines = re.findall(r"^\| (.+) \|$", DOCUMENT.read_text(), flags=re.MULTILINE)
     rows = [[cell.strip(" `") for cell in line.split("|")] for line in lines]
