@@ -1,9 +1,11 @@
 """The panel's page without a browser: every control, the estimate, the errors beside the fields."""
 
 import asyncio
+import functools
 import json
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from tiny_run import write_series
@@ -14,6 +16,7 @@ from nicegui import ui
 from nicegui.testing import User
 from nicegui.testing.user_simulation import user_simulation
 
+from ldm4ts_kernels.doctor import diagnose_elsewhere
 from ldm4ts_kernels.panel.data_check import check_data
 from ldm4ts_kernels.panel.estimates import Estimates, Question
 from ldm4ts_kernels.panel.forecast_tab import NEWEST
@@ -66,10 +69,18 @@ class FakeWorker:
         pass
 
 
+# Once for all: a process of its own that imports torch.
+diagnose = functools.cache(diagnose_elsewhere)
+
+
+def new_panel(directory: Path) -> PanelState:
+    return PanelState(directory, estimates=Estimates(directory / "cache"), diagnosis=diagnose())
+
+
 @asynccontextmanager
 async def open_panel(tmp_path, tab: str = "Memory Optimization"):
     """Yield a simulated browser on a tab, and the state behind the page."""
-    panel = PanelState(tmp_path, estimates=Estimates(tmp_path / "cache"))
+    panel = new_panel(tmp_path)
     panel.settings.preset, panel.settings.image_size = "guide", 224
     panel.estimates.worker = FakeWorker()
     async with user_simulation(lambda: build_page(panel)) as user:
@@ -397,7 +408,7 @@ def test_an_error_of_the_data_names_its_field_or_the_file(tmp_path, changes, mes
 def test_the_run_that_starts_is_the_one_that_is_set(tmp_path):
     from ldm4ts_kernels.runs import plan
 
-    panel = PanelState(tmp_path, estimates=Estimates(tmp_path / "cache"))
+    panel = new_panel(tmp_path)
     settings = panel.settings
     settings.attention, settings.batch_size, settings.image_size = "sage", 3, 96
     settings.horizons, settings.steps, settings.gradient_checkpointing = "1-3", 7, False
