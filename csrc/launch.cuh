@@ -45,6 +45,20 @@ cudaError_t allow_shared(int bytes) {
   return error;
 }
 
+// How many blocks of a kernel an SM holds; asked once a kernel and device.
+template <auto kKernel>
+int resident_blocks(int threads, int shared_bytes) {
+  static std::atomic<int> known[kDevices];
+  const int slot = device_slot();
+  int blocks = known[slot].load(std::memory_order_relaxed);
+  if (blocks == 0) {
+    allow_shared<kKernel>(shared_bytes);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes);
+    known[slot].store(blocks = blocks > 0 ? blocks : 1, std::memory_order_relaxed);
+  }
+  return blocks;
+}
+
 template <auto kKernel>
 int probe() {
   cudaFuncAttributes attributes;

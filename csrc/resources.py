@@ -19,6 +19,7 @@ from pathlib import Path
 CSRC = Path(__file__).parent
 HEAD_DIMS = [int(dim) for dim in re.findall(r"X\((\d+)\)", (CSRC / "dispatch.h").read_text())]
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
+SHAPES = {"(Shape)0": "wide", "(Shape)1": "narrow", "(Shape)2": "few keys"}
 SHARED_AN_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB, 1 of them the system's for each block
 SHARED_A_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB
 WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64}
@@ -31,10 +32,11 @@ template <class T> void show(const char* name, const char* rest) {
   std::printf("%s<%d%s> %d %d\\n", name, T::kHeadDim, rest, T::kThreads, T::kSharedBytes);
 }
 template <int kDim> void show_all() {
-  show<FwdTiles<kDim, false>>("FwdTiles", ", false");
-  show<FwdTiles<kDim, true>>("FwdTiles", ", true");
-  show<BwdTiles<kDim, true>>("BwdTiles", ", true");
-  if constexpr (kHasWideBwd<kDim>) show<BwdTiles<kDim, false>>("BwdTiles", ", false");
+  show<FwdTiles<kDim, Shape::kWide>>("FwdTiles", ", (Shape)0");
+  show<FwdTiles<kDim, Shape::kNarrow>>("FwdTiles", ", (Shape)1");
+  if constexpr (kHasFewFwd<kDim>) show<FwdTiles<kDim, Shape::kFew>>("FwdTiles", ", (Shape)2");
+  if constexpr (kHasWideBwd<kDim>) show<BwdTiles<kDim, Shape::kWide>>("BwdTiles", ", (Shape)0");
+  show<BwdTiles<kDim, Shape::kNarrow>>("BwdTiles", ", (Shape)1");
 }
 """
 
@@ -46,7 +48,7 @@ class Kernel:
     name: str  # as in the sources
     tiles: str  # its tile's type
     element: str
-    masked: bool
+    general: bool
     arch: int
     registers: int
     stack_bytes: int  # spills and local arrays
@@ -99,31 +101,38 @@ def kernels(library: Path) -> list[Kernel]:
         if match := re.search(r"arch = sm_(\d+)", line):
             arch = int(match[1])
         if match := re.search(r"(flash_\w+)<(\w+), (\w+<[^>]*>)(?:, (\w+))?\s*>", line):
-            name, element, tiles, masked = match.groups()
+            name, element, tiles, general = match.groups()
         if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             resident = "statistics" in name  # keeps nothing in shared memory
             threads, shared = sizes[tiles]
             found.append(
                 Kernel(
-                    name, tiles, element, masked == "true", arch,
+                    name, tiles, element, general == "true", arch,
                     int(match[1]), int(match[2]), threads, 0 if resident else shared,
                 )
             )  # fmt: skip
     return found
 
 
+def named(tiles: str) -> str:
+    """Return a tile's type with the name of its shape."""
+    for number, name in SHAPES.items():
+        tiles = tiles.replace(number, name)
+    return tiles
+
+
 def table(found: list[Kernel]) -> str:
     """Return the kernels as Markdown, float16 and bfloat16 in one row: the larger of the two."""
     rows: dict[tuple, list[Kernel]] = {}
-    for kernel in sorted(found, key=lambda k: (k.name, k.head_dim, k.tiles, k.masked)):
-        rows.setdefault((kernel.name, kernel.tiles, kernel.masked), []).append(kernel)
+    for kernel in sorted(found, key=lambda k: (k.name, k.head_dim, k.tiles, k.general)):
+        rows.setdefault((kernel.name, kernel.tiles, kernel.general), []).append(kernel)
     archs = sorted({kernel.arch for kernel in found})
     lines = [
-        f"| kernel | tiles | mask | threads | shared KiB | registers, {archs} | stack | "
+        f"| kernel | tiles | masks, dropout | threads | shared KiB | registers, {archs} | stack | "
         f"blocks an SM on {list(SHARED_AN_SM)} |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (name, tiles, masked), group in rows.items():
+    for (name, tiles, general), group in rows.items():
         code = {
             arch: max((k for k in group if k.arch == arch), key=lambda k: k.registers)
             for arch in archs
@@ -131,7 +140,7 @@ def table(found: list[Kernel]) -> str:
         # a GPU runs the machine code of the latest architecture that is not later than its own
         serving = {to: code[max(a for a in archs if a <= to)] for to in SHARED_AN_SM}
         lines.append(
-            f"| {name.removesuffix('_kernel')} | {tiles} | {'yes' if masked else 'no'} "
+            f"| {name.removesuffix('_kernel')} | {named(tiles)} | {'yes' if general else 'no'} "
             f"| {group[0].threads} | {group[0].shared_bytes / 1024:.1f} "
             f"| {' '.join(str(k.registers) for k in code.values())} "
             f"| {max(k.stack_bytes for k in group)} "

@@ -27,8 +27,8 @@ int launch_statistics(const FlashParams& p, cudaStream_t stream) {
   if (!p.statistics) return 0;
   const int64_t blocks =
       static_cast<int64_t>(p.batch) * p.heads * (padded_queries(p) / kStatisticsRows);
-  return launch<flash_bwd_statistics_kernel<T, BwdTiles<kHeadDim, true>>>(blocks, kStatisticsRows,
-                                                                          0, p, stream);
+  return launch<flash_bwd_statistics_kernel<T, BwdTiles<kHeadDim, Shape::kNarrow>>>(
+      blocks, kStatisticsRows, 0, p, stream);
 }
 
 template <int kHeadDim>
@@ -39,14 +39,14 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream) {
     return with_flag(is_general(p), [&](auto general) {
       constexpr bool kGeneral = decltype(general)::value;
       if constexpr (!kGeneral && kHasWideBwd<kHeadDim>) {
-        using Wide = BwdTiles<kHeadDim, false>;
+        using Wide = BwdTiles<kHeadDim, Shape::kWide>;
         // few keys: a block meets all queries, so that the smaller one is done sooner; and fewer
         // than two blocks an SM would leave it waiting
         if (p.k_len > kFewKeys && backward_blocks<Wide>(p) >= 2 * device_limits().processors) {
           return launch_tiles<T, Wide, false>(p, stream);
         }
       }
-      return launch_tiles<T, BwdTiles<kHeadDim, true>, kGeneral>(p, stream);
+      return launch_tiles<T, BwdTiles<kHeadDim, Shape::kNarrow>, kGeneral>(p, stream);
     });
   });
 }

@@ -24,7 +24,6 @@ struct Sweep {
   int row, column;           // the first row held, and the first column of this block's sums
   int first, steps;          // the first tile met of a head, and how many
   InputTile held, held_too;  // k and v, or q and do
-  Rows rows, rows_too;       // of the head met: q and do, or k and v
   uint32_t stages, statistics;
 
   LDM_DEVICE Sweep(const FlashParams& params, int block) : p(params) {
@@ -46,11 +45,6 @@ struct Sweep {
     held_too = held.rows_from(S::kRows);
     stages = held_too.rows_from(S::kRows).base;
     statistics = stages + S::kStages * S::kStageBytes;
-    find_rows();
-  }
-  LDM_DEVICE void find_rows() {
-    rows = rows_of(S::kByKeys ? p.q : p.k, batch, S::kByKeys ? head : kv_head);
-    rows_too = rows_of(S::kByKeys ? p.d_o : p.v, batch, S::kByKeys ? head : kv_head);
   }
   LDM_DEVICE int met_row(int step) const { return (first + step) * S::kStep; }
   LDM_DEVICE InputTile met(int step) const {
@@ -65,7 +59,6 @@ struct Sweep {
   // To the next head that reads these keys; false after the last.
   LDM_DEVICE bool next_head() {
     if (!S::kByKeys || ++head % (p.heads / p.kv_heads) == 0) return false;
-    find_rows();
     if (!p.statistics) statistics += static_cast<uint32_t>(padded_queries(p)) * 8;
     return true;
   }
@@ -78,9 +71,14 @@ struct Sweep {
   }
   LDM_DEVICE void start(int step) const {
     if (step < steps) {
-      const int end = S::kByKeys ? p.q_len : p.k_len, at = met_row(step);
-      load_tile<S::kStep, S::kThreads>(met(step), rows, at, end, p.head_dim);
-      load_tile<S::kStep, S::kThreads>(met_too(step), rows_too, at, end, p.head_dim);
+      // pointers are found anew each time: they cost registers
+      const Strided &one = S::kByKeys ? p.q : p.k, &two = S::kByKeys ? p.d_o : p.v;
+      const int at_head = S::kByKeys ? head : kv_head, end = S::kByKeys ? p.q_len : p.k_len;
+      const int at = met_row(step);
+      load_tile<S::kStep, S::kThreads>(met(step), rows_of(one, batch, at_head), at, end,
+                                       p.head_dim);
+      load_tile<S::kStep, S::kThreads>(met_too(step), rows_of(two, batch, at_head), at, end,
+                                       p.head_dim);
       if (S::kByKeys && p.statistics && thread_index() < S::kStep / 2) {
         const float* source = statistics_at(p, batch, head, at) + thread_index() * 4;
         copy_async_16(statistics_of(step) + thread_index() * 16, source, true);
@@ -226,9 +224,9 @@ LDM_DEVICE void meet(Sums<S>& sums, Sums<S>& values, const Operands<S>& operands
       dp[r][n][e] = s[r][n][e] * (dp[r][n][e] - delta);
     });
   };
-  multiply_rows<S::kUnroll>(T(), s, operands.held, met, at);
+  multiply_rows(T(), s, operands.held, met, at);
   mask_scores<T, S, kGeneral>(s, sweep, row, sweep.met_row(step) + at);
-  multiply_rows<S::kUnroll>(T(), dp, operands.held_too, met_too, at, exponentiate);
+  multiply_rows(T(), dp, operands.held_too, met_too, at, exponentiate);
   if (kGeneral && sweep.p.seed) {
     differentiate_dropped(s, dp, operands.statistics, sweep, row, sweep.met_row(step) + at);
     if constexpr (S::kByKeys) accumulate(T(), values, s, met_too, at, sweep.column);

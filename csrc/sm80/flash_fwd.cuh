@@ -15,9 +15,10 @@ namespace ldm {
 template <class C>
 struct KeyValueStages {
   using InputTile = Tile<C::kPadded>;
-  Rows k, v;
+  const FlashParams& p;
+  Rows k, v;  // of this head
   uint32_t base;
-  int k_len, head_dim, key_end;
+  int key_end;
 
   LDM_DEVICE InputTile first_keys() const { return {base}; }
   LDM_DEVICE InputTile values(int stage) const {
@@ -26,14 +27,14 @@ struct KeyValueStages {
   }
   LDM_DEVICE InputTile keys(int stage) const { return values(stage).rows_from(C::kBlockK); }
   LDM_DEVICE void start_first_keys() const {
-    load_tile<C::kSlice, C::kThreads>(first_keys(), k, 0, k_len, head_dim);
+    load_tile<C::kSlice, C::kThreads>(first_keys(), k, 0, p.k_len, p.head_dim);
   }
   // Every stage commits a group, an empty one past the end, so that waiting can count groups.
   LDM_DEVICE void start(int stage) const {
     const int key = stage * C::kBlockK;
     if (key < key_end) {
-      load_tile<C::kBlockK, C::kThreads>(values(stage), v, key, k_len, head_dim);
-      load_tile<C::kBlockK, C::kThreads>(keys(stage), k, key + C::kSlice, k_len, head_dim);
+      load_tile<C::kBlockK, C::kThreads>(values(stage), v, key, p.k_len, p.head_dim);
+      load_tile<C::kBlockK, C::kThreads>(keys(stage), k, key + C::kSlice, p.k_len, p.head_dim);
     }
     copy_commit();
   }
@@ -82,11 +83,8 @@ flash_fwd_kernel(LDM_PARAMS p) {
   const int key_end = key_limit(p, row + kWarpRows - 1);  // of this warp
 
   const Tile<C::kPadded> q_tile = {shared_base()};
-  const KeyValueStages<C> stages = {rows_of(p.k, batch, kv_head),
-                                    rows_of(p.v, batch, kv_head),
+  const KeyValueStages<C> stages = {p, rows_of(p.k, batch, kv_head), rows_of(p.v, batch, kv_head),
                                     q_tile.rows_from(C::kBlockQ).base,
-                                    p.k_len,
-                                    p.head_dim,
                                     key_limit(p, q_begin + C::kBlockQ - 1)};
   const auto start = [&](int stage) { stages.start(stage); };
   load_tile<C::kBlockQ, C::kThreads>(q_tile, rows_of(p.q, batch, head), q_begin, p.q_len,
@@ -96,7 +94,7 @@ flash_fwd_kernel(LDM_PARAMS p) {
   LDM_UNROLL for (int stage = 0; stage < C::kStages - 1; ++stage) start(stage);
   copy_wait<C::kStages - 1>();
   sync_block();
-  RowOperand<C::kPadded, C::kRowTiles, C::kQueryInRegisters> query;
+  RowOperand<C::kPadded, C::kRowTiles, C::kKept> query;
   query.load(q_tile.rows_from(warp_row));
 
   // exp2 folds log2(e) into the scale; a masked score is scaled before the mask is added
@@ -109,7 +107,7 @@ flash_fwd_kernel(LDM_PARAMS p) {
   SoftmaxRows<C::kRowTiles> softmax;
   softmax.clear();
   Scores<C> slices[2] = {};
-  multiply_rows<C::kUnroll>(T(), slices[0], query, stages.first_keys(), 0);
+  multiply_rows(T(), slices[0], query, stages.first_keys(), 0);
   hide(slices[0], 0);
   softmax.look(slices[0], 0, 1);
   LDM_ROLLED for (int stage = 0; stage * C::kBlockK < stages.key_end; ++stage) {
@@ -125,9 +123,8 @@ flash_fwd_kernel(LDM_PARAMS p) {
             LDM_UNROLL for (int e = 0; e < 4; ++e) next[r][n][e] = 0.0f;
           }
         }
-        multiply_rows<C::kUnroll>(
-            T(), next, query, stages.keys(stage), i * C::kSlice,
-            [&](int part, int parts) { softmax.exponentiate(now, scale, part, parts); });
+        multiply_rows(T(), next, query, stages.keys(stage), i * C::kSlice,
+                      [&](int part, int parts) { softmax.exponentiate(now, scale, part, parts); });
         hide(next, key + C::kSlice);
       } else {
         softmax.exponentiate(now, scale, 0, 1);
@@ -152,8 +149,9 @@ flash_fwd_kernel(LDM_PARAMS p) {
   }
   copy_wait<0>();
   sync_block();
-  finish_rows<T, C>(T(), out, softmax, q_tile.rows_from(warp_row), p.lse + head_index * p.q_len,
-                    1.0f - p.dropout_p, row, p.q_len);
+  float* lse = p.lse + (static_cast<int64_t>(batch) * p.heads + head) * p.q_len;
+  finish_rows<T, C>(T(), out, softmax, q_tile.rows_from(warp_row), lse, 1.0f - p.dropout_p, row,
+                    p.q_len);
   sync_block();
   store_tile<C::kBlockQ, C::kThreads>(rows_of(p.o, batch, head), q_tile, q_begin, p.q_len,
                                       p.head_dim);

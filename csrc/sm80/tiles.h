@@ -11,7 +11,6 @@ namespace ldm {
 constexpr int kShared99 = 99 * 1024;
 constexpr int kShared163 = 163 * 1024;
 
-constexpr int kAll = 0;  // steps to unroll
 struct FwdRow {
   int head_dim;
   int warps;
@@ -19,29 +18,35 @@ struct FwdRow {
   int slice;      // keys whose scores are in registers at once; those of two slices are
   int slices;     // a stage: 1 or an even number
   int stages;     // in flight
-  int unroll;     // steps along the head dim a loop body; all: queries are kept in registers
+  bool kept;      // queries stay in registers, or are read again for every product
 };
 
+// NVIDIA H100, 2026-11-27: the fastest of some ten candidates a head dim, each timed alone in a
+// graph on the shapes of benchmarks/cases.py, of those with which two blocks fit an SM of sm_80;
+// 48, 96, 112, 192 and 256, which no shape has, like their neighbours.
 // Long sequences: 32 queries a warp, so that every fragment of K and V serves two products.
 constexpr FwdRow kFwdWide[] = {
-    {16, 4, 2, 32, 2, 3, kAll},  {32, 4, 2, 32, 2, 3, kAll},  {40, 4, 2, 32, 2, 3, kAll},
-    {48, 4, 2, 32, 2, 3, kAll},  {64, 4, 2, 32, 2, 2, kAll},  {80, 4, 2, 32, 2, 2, kAll},
-    {96, 4, 2, 32, 2, 2, kAll},  {112, 4, 2, 16, 2, 2, kAll}, {128, 4, 2, 16, 2, 2, kAll},
-    {160, 8, 1, 16, 2, 2, kAll}, {192, 8, 1, 16, 1, 2, kAll}, {256, 4, 1, 16, 1, 2, kAll},
+    {16, 4, 2, 64, 2, 2, true},   {32, 4, 2, 64, 2, 2, true},   {40, 4, 2, 48, 2, 2, true},
+    {48, 4, 2, 48, 2, 2, true},   {64, 4, 2, 32, 2, 2, true},   {80, 4, 2, 32, 2, 2, true},
+    {96, 4, 2, 32, 2, 2, false},  {112, 4, 2, 16, 2, 2, false}, {128, 4, 2, 32, 2, 2, false},
+    {160, 4, 2, 16, 2, 2, false}, {192, 4, 1, 16, 2, 2, true},  {256, 4, 1, 16, 1, 2, false},
 };
-// Few queries, or a grid too small for the GPU: 64 queries a block; 80 keys, so that 77 are one
-// tile.
+// Where 64 queries a block share out better: few queries, a small grid, a last wave almost empty.
 constexpr FwdRow kFwdNarrow[] = {
-    {16, 4, 1, 80, 1, 2, kAll},  {32, 4, 1, 80, 1, 2, kAll},  {40, 4, 1, 80, 1, 2, kAll},
-    {48, 4, 1, 80, 1, 2, kAll},  {64, 4, 1, 80, 1, 2, kAll},  {80, 4, 1, 80, 1, 2, kAll},
-    {96, 4, 1, 32, 2, 2, kAll},  {112, 4, 1, 32, 2, 2, kAll}, {128, 4, 1, 32, 2, 2, kAll},
-    {160, 4, 1, 32, 1, 2, kAll}, {192, 4, 1, 16, 2, 2, kAll}, {256, 4, 1, 16, 1, 2, kAll},
+    {16, 4, 1, 32, 2, 3, true},  {32, 4, 1, 64, 2, 2, true},  {40, 4, 1, 48, 2, 2, true},
+    {48, 4, 1, 48, 2, 2, true},  {64, 4, 1, 16, 4, 2, true},  {80, 4, 1, 48, 1, 2, true},
+    {96, 4, 1, 48, 1, 2, true},  {112, 4, 1, 32, 1, 2, true}, {128, 4, 1, 32, 1, 2, true},
+    {160, 4, 1, 32, 1, 2, true}, {192, 4, 1, 16, 1, 2, true}, {256, 4, 1, 16, 1, 2, false},
+};
+// Few keys: slices that 77 fill.
+constexpr FwdRow kFwdFew[] = {
+    {40, 4, 2, 16, 4, 2, true},
 };
 
 // One side of the backward: rows held by a block of 4 warps, against rows met.
 struct SideRow {
   int row_tiles;  // of 16 rows, a warp
-  int unroll;     // steps along the head dim a loop body; all: held rows are kept in registers
+  bool kept;      // held rows stay in registers, or are read again for every product
   int step;       // rows met a step
   int slice;      // of them, whose scores are in registers at once
   int parts;      // blocks that share out the columns of the sums, which else do not fit
@@ -57,27 +62,27 @@ struct BwdRow {
 // Long sequences: 32 rows a warp, so that every fragment of the met rows serves two products. None
 // for 16, where twice the warps an SM are worth more.
 constexpr BwdRow kBwdWide[] = {
-    {32, 2, {2, kAll, 64, 32, 1}, {2, kAll, 64, 32, 1}},
-    {40, 2, {2, 3, 64, 32, 1}, {2, kAll, 64, 32, 1}},
-    {48, 2, {2, 2, 64, 32, 1}, {2, kAll, 64, 32, 1}},
-    {64, 2, {2, 2, 64, 32, 1}, {2, kAll, 64, 16, 1}},
-    {80, 2, {1, kAll, 64, 32, 1}, {2, 2, 64, 32, 1}},
-    {96, 2, {1, 2, 64, 32, 1}, {2, 2, 64, 32, 1}},
+    {32, 2, {2, true, 64, 32, 1}, {2, true, 64, 32, 1}},
+    {40, 2, {2, true, 64, 32, 1}, {2, true, 64, 32, 1}},
+    {48, 2, {2, false, 64, 32, 1}, {2, true, 64, 32, 1}},
+    {64, 2, {2, false, 64, 32, 1}, {2, true, 64, 16, 1}},
+    {80, 2, {1, true, 64, 32, 1}, {2, false, 64, 32, 1}},
+    {96, 2, {1, false, 64, 32, 1}, {2, false, 64, 32, 1}},
 };
 // Short ones, masks, and head dims whose sums leave no room for more.
 constexpr BwdRow kBwdNarrow[] = {
-    {16, 2, {1, kAll, 64, 32, 1}, {1, kAll, 64, 64, 1}},
-    {32, 2, {1, kAll, 64, 64, 1}, {1, kAll, 64, 64, 1}},
-    {40, 2, {1, kAll, 64, 64, 1}, {1, kAll, 64, 64, 1}},
-    {48, 2, {1, kAll, 64, 64, 1}, {1, kAll, 64, 64, 1}},
-    {64, 2, {1, kAll, 64, 64, 1}, {1, kAll, 64, 64, 1}},
-    {80, 2, {1, kAll, 64, 32, 1}, {1, kAll, 64, 64, 1}},
-    {96, 2, {1, 2, 64, 32, 1}, {1, kAll, 64, 32, 1}},
-    {112, 2, {1, 2, 64, 32, 1}, {1, kAll, 32, 32, 1}},
-    {128, 2, {1, 3, 32, 32, 1}, {1, kAll, 32, 32, 1}},
-    {160, 2, {1, 1, 32, 32, 1}, {1, 2, 32, 32, 1}},
-    {192, 2, {1, 2, 32, 32, 2}, {1, 2, 32, 32, 1}},
-    {256, 1, {1, 2, 32, 32, 2}, {1, 2, 32, 32, 1}},
+    {16, 2, {1, true, 64, 32, 1}, {1, true, 64, 64, 1}},
+    {32, 2, {1, true, 64, 64, 1}, {1, true, 64, 64, 1}},
+    {40, 2, {1, true, 64, 64, 1}, {1, true, 64, 64, 1}},
+    {48, 2, {1, true, 64, 64, 1}, {1, true, 64, 64, 1}},
+    {64, 2, {1, true, 64, 64, 1}, {1, true, 64, 64, 1}},
+    {80, 2, {1, true, 64, 64, 1}, {1, true, 64, 64, 1}},
+    {96, 2, {1, false, 64, 32, 1}, {1, true, 64, 32, 1}},
+    {112, 2, {1, false, 64, 32, 1}, {1, true, 32, 32, 1}},
+    {128, 2, {1, false, 32, 32, 1}, {1, true, 32, 32, 1}},
+    {160, 2, {1, false, 32, 32, 1}, {1, true, 32, 32, 1}},
+    {192, 2, {1, false, 32, 32, 2}, {1, false, 32, 32, 1}},
+    {256, 1, {1, false, 32, 32, 2}, {1, false, 32, 32, 1}},
 };
 
 // Up to this many keys, narrow tiles.
@@ -106,9 +111,13 @@ constexpr Row row_for(const Row (&table)[kRows], int head_dim) {
   return Row{};
 }
 
-template <int kDim, bool kNarrow>
+enum class Shape { kWide, kNarrow, kFew };
+
+template <int kDim, Shape kShape>
 struct FwdTiles {
-  static constexpr FwdRow kRow = row_for(kNarrow ? kFwdNarrow : kFwdWide, kDim);
+  static constexpr FwdRow kRow = kShape == Shape::kWide     ? row_for(kFwdWide, kDim)
+                                 : kShape == Shape::kNarrow ? row_for(kFwdNarrow, kDim)
+                                                            : row_for(kFwdFew, kDim);
   static constexpr int kHeadDim = kDim;
   static constexpr int kPadded = ceil_div(kDim, 16) * 16;  // columns in memory and of Q·Kᵀ
   static constexpr int kThreads = kRow.warps * kWarp;
@@ -118,15 +127,19 @@ struct FwdTiles {
   static constexpr int kSlices = kRow.slices;
   static constexpr int kBlockK = kSlice * kSlices;  // a stage
   static constexpr int kStages = kRow.stages;
-  static constexpr bool kQueryInRegisters = kRow.unroll == kAll;
-  static constexpr int kUnroll = kQueryInRegisters ? kPadded / 16 : kRow.unroll;
+  static constexpr bool kKept = kRow.kept;
   static constexpr int kSharedBytes = (kBlockQ + kSlice + 2 * kStages * kBlockK) * kPadded * 2;
   static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
 };
+// Up to this many keys, a head dim's tiles for few, if it has any.
+constexpr int kFewFwdKeys = 128;
+template <int kDim>
+constexpr bool kHasFewFwd = row_for(kFwdFew, kDim).head_dim == kDim;
 
-template <int kDim, bool kNarrow>
+template <int kDim, Shape kShape>
 struct BwdTiles {
-  static constexpr BwdRow kRow = kNarrow ? row_for(kBwdNarrow, kDim) : row_for(kBwdWide, kDim);
+  static constexpr BwdRow kRow =
+      kShape == Shape::kWide ? row_for(kBwdWide, kDim) : row_for(kBwdNarrow, kDim);
   static constexpr int kHeadDim = kDim;
   static constexpr int kPadded = ceil_div(kDim, 16) * 16;
   static constexpr int kThreads = 4 * kWarp;
@@ -140,13 +153,12 @@ struct BwdTiles {
     static constexpr int kStages = BwdTiles::kRow.stages;
     static constexpr int kRowTiles = kRow.row_tiles;
     static constexpr int kRows = kThreads / kWarp * kRowTiles * 16;
-    static constexpr bool kKept = kRow.unroll == kAll;
+    static constexpr bool kKept = kRow.kept;
     static constexpr int kStep = kRow.step;
     static constexpr int kSlice = kRow.slice;
     static constexpr int kParts = kRow.parts;
     static constexpr int kColumns = kPadded / kParts;  // of the sums
     static constexpr int kSumTiles = kParts == 1 ? kDim / 8 : kColumns / 8;
-    static constexpr int kUnroll = kPadded / 16;
     static constexpr int kStageBytes = 2 * kStep * kPadded * 2;  // q and do, or k and v
     static constexpr int kBytes = 2 * kRows * kPadded * 2 + kStages * kStageBytes;
     static_assert(kColumns % 16 == 0 && kStep % kSlice == 0 && kSlice % 16 == 0 &&
