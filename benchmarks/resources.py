@@ -29,7 +29,6 @@ from ldm4ts_kernels.kernels import (
     flash_backward,
     flash_forward,
     int8_backward,
-    int8_forward,
     quantize,
     row_terms,
 )
@@ -38,7 +37,7 @@ from ldm4ts_kernels.kernels.problem import Problem
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
 HEAD_DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256, 512)
 SHARED_LIMIT_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
-MODULES = (flash_forward, row_terms, flash_backward, quantize, int8_forward, int8_backward)
+MODULES = (flash_forward, row_terms, flash_backward, quantize, int8_backward)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -117,10 +116,14 @@ def launch_exact(problem: Problem) -> None:
 
 def launch_int8(problem: Problem) -> None:
     """Launch a quantisation, forward and backward of INT8 attention."""
+    problem = problem._replace(int8=True)
     query, key, lse, mask = meta_tensors(problem)
     quantised = quantize.empty_quantised(query, key)
     quantize.quantise(problem, query, key, quantised, lse)
-    int8_forward.int8_forward(problem, quantised, key, mask, query, lse)
+    flash_forward.flash_forward(
+        problem, quantised.query, quantised.key, key, mask, None, query, lse,
+        quantised.query_scale, quantised.key_scale,
+    )  # fmt: skip
     int8_backward.int8_backward(
         problem, quantised, key, mask, query, lse, query, None, query, key, key
     )

@@ -23,7 +23,6 @@ from benchmarks.measure import device_ms, environment
 from ldm4ts_kernels.kernels import (
     flash_backward,
     flash_forward,
-    int8_forward,
     quantize,
     tuning,
 )
@@ -49,6 +48,7 @@ TILES = {
         (128, 64, 8, 3), (128, 128, 8, 2),
     ),
 }  # fmt: skip
+TILES |= {f"int8_{stage}": TILES[stage] for stage in ("key_gradient", "query_gradient")}
 
 
 def candidates(stage: str, problem: Problem) -> list[Config]:
@@ -72,6 +72,12 @@ def run_stage(
     query, key, value, dout = torch.randn(4, *shape, dtype=problem.dtype, device="cuda")
     out, lse = torch.empty_like(query), torch.empty(shape[:3], device="cuda")
     grads = [torch.empty_like(query) for _ in range(3)]
+    problem = problem._replace(int8=stage.startswith("int8_"))
+    scored, quantised = (query, key, None, None), None  # what the scores are products of
+    if problem.int8:
+        quantised = quantize.empty_quantised(query, key)
+        quantize.quantise(problem, query, key, quantised, lse)
+        scored = (quantised.query, quantised.key, quantised.query_scale, quantised.key_scale)
 
     def choose(asked: str, *rest: object) -> Config:
         return config if asked == stage else tuning.choose(asked, *rest)
@@ -82,28 +88,21 @@ def run_stage(
         return tuning.choose_tma(asked, *rest)
 
     def forward() -> None:
-        flash_forward.flash_forward(problem, query, key, value, None, None, out, lse)
+        q, k, *scales = scored
+        flash_forward.flash_forward(problem, q, k, value, None, None, out, lse, *scales)
 
     def backward() -> None:
         flash_backward.flash_backward(
-            problem, query, key, value, None, None, out, lse, dout, None, *grads, None
+            problem, query, key, value, None, None, out, lse, dout, None, *grads, None, quantised
         )
 
-    for plan in (flash_forward._plan, flash_backward._plan, int8_forward._plan):
+    for plan in (flash_forward._plan, flash_backward._plan):
         plan.cache_clear()
     chooser = "ldm4ts_kernels.kernels.problem"
     with mock.patch.multiple(chooser, choose=choose, choose_tma=choose_tma):
         try:
-            if stage == "forward":
-                return use(forward)
-            if stage == "int8_forward":
-                quantised = quantize.empty_quantised(query, key)
-                quantize.quantise(problem, query, key, quantised, lse)
-                return use(
-                    lambda: int8_forward.int8_forward(problem, quantised, value, None, out, lse)
-                )
             forward()
-            return use(backward)
+            return use(forward if stage.endswith("forward") else backward)
         except OutOfResources as error:
             print(f"skipped {stage} {config}: {error}")
             return None

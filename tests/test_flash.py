@@ -1,5 +1,7 @@
 """The Triton kernels against the reference: interpreted without a GPU, at all sizes with one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton")
 
 from ldm4ts_kernels import reference
+from ldm4ts_kernels.kernels import flash_forward
 from ldm4ts_kernels.kernels.flash import flash_attention
+from ldm4ts_kernels.kernels.int8 import int8_attention
+from ldm4ts_kernels.kernels.problem import Problem
 from tests.assertions import assert_as_accurate_as, cancelled_terms
 from tests.cases import AUTOENCODER, LARGE, SMALL, Shape, draw
 
@@ -202,6 +207,57 @@ def test_250_repeats_give_the_same_bits(shape, device):
     for _ in range(250):
         again = torch.autograd.grad(flash_attention(*leaves), leaves, dout)
         assert all(map(torch.equal, first, again))
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """Give every forward tiles of 32 keys that keep the maximum of the first."""
+    config = Problem.config
+
+    def steady_config(self, stage, **options):
+        own = config(self, stage, **options)
+        return replace(own, block_k=32, steady=True) if stage == "forward" else own
+
+    flash_forward._plan.cache_clear()
+    monkeypatch.setattr(Problem, "config", steady_config)
+    yield
+    flash_forward._plan.cache_clear()
+
+
+# With the larger spreads later scores leave float32, and the kernel has to start again.
+@pytest.mark.parametrize("spread", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("keys", [32, 50, 150])
+def test_a_maximum_that_is_kept_does_not_show(spread, keys, device, poison, steady):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    compare(draw(Shape(1, 2, 1, 40, keys, 16), dtype, device, spread=spread), {})
+
+
+def test_a_maximum_that_is_kept_passes_on_what_is_not_finite(device, steady):
+    query, key, value = (
+        leaf.detach() for leaf in draw(Shape(1, 1, 1, 40, 150, 16), torch.float32, device)
+    )
+    query[:, :, 7] = torch.nan
+    value[:, :, 100, 3] = torch.inf
+    out = flash_attention(query, key, value)
+    rows = torch.arange(40, device=device) != 7
+    assert torch.isnan(out[0, 0, 7]).all()
+    assert (out[0, 0, rows, 3] == torch.inf).all()
+    exact, _ = reference.attention(query, key, value)
+    finite = [column for column in range(16) if column != 3]
+    torch.testing.assert_close(out[0, 0, rows][:, finite], exact[0, 0, rows][:, finite])
+
+
+@pytest.mark.parametrize("attend", [flash_attention, int8_attention])
+@pytest.mark.parametrize("lengths", [(5, 0), (0, 5)])
+def test_without_keys_or_queries_it_gives_zeros_and_gradients_of_zero(attend, lengths, device):
+    leaves = draw(Shape(1, 2, 2, *lengths, 16), torch.float16, device)
+    out, lse = attend(*leaves, return_lse=True)
+    assert out.shape == leaves[0].shape
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape
+        assert (grad == 0).all()
 
 
 def test_a_nan_reaches_only_the_rows_it_belongs_to(device):

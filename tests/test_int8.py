@@ -209,8 +209,10 @@ def test_the_operators_pass_opcheck_and_differentiate_once(device):
     leaves = draw(SMALL[1], torch.float16, device)
     options = (None, 0.3, None, None, False)
     ops = torch.ops.ldm4ts_kernels
-    torch.library.opcheck(ops.triton_int8_forward, (*(x.detach() for x in leaves), *options))
-    out, lse, _, *quantised = ops.triton_int8_forward(*leaves, *options)
+    plain = [x.detach() for x in leaves]
+    for with_shift in (False, True):
+        torch.library.opcheck(ops.triton_int8_forward, (*plain, *options, with_shift))
+    out, lse, _, *quantised = ops.triton_int8_forward(*leaves, *options, True)
     grads = torch.autograd.grad(out.sum(), leaves, create_graph=True)
     theirs = torch.autograd.grad(int8_attention(*leaves, scale=0.3).sum(), leaves)
     assert all(map(torch.equal, grads, theirs))

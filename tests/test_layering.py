@@ -10,7 +10,7 @@ LAYERS = (
     ("requirements", "kernels.autograd"),
     ("inputs", "memory_trace", "kernels.problem", "kernels.flops", "kernels.launch"),
     ("kernels.flash_forward", "kernels.quantize", "kernels.row_terms"),
-    ("kernels.flash_backward", "kernels.int8_forward"),
+    ("kernels.flash_backward",),
     ("kernels.flash", "kernels.int8_backward", "native"),
     ("kernels.int8", "wheels"),
     ("backends",),

@@ -80,6 +80,9 @@ def _backward(
         return tuple(grad.to(query.dtype) for grad in grads)
     *options, mask_gradient = options
     dq, dk, dv = (empty_like(tensor) for tensor in (query, key, value))
+    if has_no_scores(query, key):
+        dmask = torch.zeros_like(attn_mask) if mask_gradient else query.new_empty(0)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask
     dmask = None
     if mask_gradient:  # the scores' gradient, summed to the mask's shape below
         dmask = torch.zeros((*query.shape[:3], key.shape[2]), device=query.device)
@@ -135,6 +138,11 @@ register_attention_flops(
 def needs_float32(tensor: Tensor) -> bool:
     # Triton's interpreter multiplies the bits of bfloat16, not its values.
     return INTERPRET and tensor.dtype == torch.bfloat16
+
+
+def has_no_scores(query: Tensor, key: Tensor) -> bool:
+    """Whether there is no query or no key, and so nothing that a gradient comes from."""
+    return 0 in (query.shape[2], key.shape[2])
 
 
 def empty_like(tensor: Tensor) -> Tensor:  # (B, H, N, D)

@@ -27,6 +27,7 @@ from ldm4ts_kernels.kernels.primitives import (
     keep_weights,
     load_parts,
     load_rows,
+    load_scale,
     masked_scores,
     open_rows,
     row_dot,
@@ -41,7 +42,12 @@ from ldm4ts_kernels.kernels.problem import (
     strides_of,
     takes_tensor_maps,
 )
+from ldm4ts_kernels.kernels.quantize import Quantised, query_strides
 from ldm4ts_kernels.kernels.row_terms import load_exponent, load_row_terms, row_terms
+
+# Triton makes a stride of 1 a constant and then lays a tile of head dim 1 out by columns, which its
+# version 3.6 multiplies wrongly on an H200, with 64 queries a block.
+ROW_STRIDES = ["stride_vn", "stride_don"]
 
 
 @triton.jit
@@ -49,17 +55,18 @@ def _drop(weights, keep, dropout_p):
     return tl.where(keep, weights * (1.0 / (1.0 - dropout_p)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def _flash_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, exponent_ptr, mask_ptr,
-    seed_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr,
+    q_ptr, k_ptr, v_ptr, q_int8_ptr, k_int8_ptr, q_scale_ptr, k_scale_ptr, o_ptr, do_ptr, lse_ptr,
+    dlse_ptr, delta_ptr, exponent_ptr, mask_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
     stride_dks, stride_dkb, stride_dkh, stride_dkn, stride_dvs, stride_dvb, stride_dvh, stride_dvn,
     stride_mb, stride_mh, stride_mq, stride_mk,
     H, groups, Q, K, scale, unit, dropout_p, cap, diagonal, left, right, rows_a_split,
-    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_Q: tl.constexpr,
+    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, QK_D: tl.constexpr,
+    QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
     SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     ONE_BLOCK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DMASK: tl.constexpr,
@@ -87,6 +94,13 @@ def _flash_dkdv_kernel(
     columns = first_key + tl.arange(0, BLOCK_K)[:, None]  # the tile lies keys down, queries across
     k = load_parts(k_ptr, first_key, stride_kn, K, BLOCK_K, PART_0, PART_1, D, True)
     v = load_parts(v_ptr, first_key, stride_vn, K, BLOCK_K, PART_0, PART_1, D, True)
+    k_scores, k_scale = k, 1.0
+    if QUANT_ROWS > 0:
+        kv_index = batch * kv_heads + kv_head
+        k_scores = load_parts(
+            k_int8_ptr + kv_index * K * QK_D, first_key, QK_D, K, BLOCK_K, QK_0, QK_1, QK_D, True
+        )
+        k_scale = load_scale(k_scale_ptr, kv_index, first_key, K, QUANT_ROWS, BLOCK_K)
     dk = zero_parts(BLOCK_K, PART_0, PART_1)
     dv = zero_parts(BLOCK_K, PART_0, PART_1)
     low = split * rows_a_split
@@ -106,10 +120,18 @@ def _flash_dkdv_kernel(
         do_rows = open_rows(
             do_ptr + head * stride_doh, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, TMA
         )
+        if QUANT_ROWS > 0:
+            q_int8_rows = open_rows(
+                q_int8_ptr + head_index * Q * QK_D, QK_D, Q, BLOCK_Q, QK_0, QK_1, QK_D, TMA
+            )
         for start in range(low, high, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
             q = load_rows(q_rows, start, Q, BLOCK_Q, PART_0, PART_1, D, True, TMA)
             do = load_rows(do_rows, start, Q, BLOCK_Q, PART_0, PART_1, D, True, TMA)
+            q_scores, factor = q, k_scale
+            if QUANT_ROWS > 0:
+                q_scores = load_rows(q_int8_rows, start, Q, BLOCK_Q, QK_0, QK_1, QK_D, True, TMA)
+                factor *= load_scale(q_scale_ptr, head_index, start, Q, QUANT_ROWS, BLOCK_Q)
             if ONE_BLOCK:
                 o = load_parts(
                     o_ptr + head * stride_oh, start, stride_on, Q,
@@ -122,11 +144,12 @@ def _flash_dkdv_kernel(
             else:
                 delta, exponent = load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q)
             scores, capped = masked_scores(
-                contract(k, q, PART_1, PRECISION), rows[None, :], columns,
-                mask_head_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left, right,
-                MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, ONE_BLOCK or HAS_LEFT or HAS_RIGHT,
+                contract(k_scores, q_scores, QK_1, PRECISION), rows[None, :], columns,
+                mask_head_ptr, stride_mq, stride_mk, Q, K, factor * scale, cap,
+                diagonal, left, right, MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT,
+                ONE_BLOCK or HAS_LEFT or HAS_RIGHT,
             )  # fmt: skip
-            p = tl.exp2(scores * unit - exponent[None, :])
+            p = tl.exp2(scores * (unit if SCALED else factor * unit) - exponent[None, :])
             dropped = p
             if HAS_DROPOUT:
                 keep = keep_weights(seed_ptr, head_index, rows[None, :], columns, dropout_p)
@@ -160,14 +183,16 @@ def _store_dmask(dmask_ptr, rows, columns, Q, K, ds):
     tl.store(dmask_ptr + offsets, ds, mask=(rows < Q) & (columns < K))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def _flash_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, delta_ptr, exponent_ptr, mask_ptr, seed_ptr, dq_ptr, dmask_ptr,
+    q_ptr, k_ptr, v_ptr, k_int8_ptr, q_scale_ptr, k_scale_ptr, do_ptr, delta_ptr, exponent_ptr,
+    mask_ptr, seed_ptr, dq_ptr, dmask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_dqb, stride_dqh, stride_dqn, stride_mb, stride_mh, stride_mq, stride_mk,
     H, groups, Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
-    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_Q: tl.constexpr,
+    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, QK_D: tl.constexpr,
+    QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
     SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_DMASK: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr,
@@ -188,11 +213,18 @@ def _flash_dq_kernel(
         mask_ptr += batch * stride_mb + head * stride_mh
 
     rows = first_row + tl.arange(0, BLOCK_Q)
-    q = load_parts(q_ptr, first_row, stride_qn, Q, BLOCK_Q, PART_0, PART_1, D, True)
+    q = load_parts(q_ptr, first_row, stride_qn, Q, BLOCK_Q, QK_0, QK_1, QK_D, True)
     do = load_parts(do_ptr, first_row, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, True)
     delta, exponent = load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q)
     k_rows = open_rows(k_ptr, stride_kn, K, BLOCK_K, PART_0, PART_1, D, TMA)
     v_rows = open_rows(v_ptr, stride_vn, K, BLOCK_K, PART_0, PART_1, D, TMA)
+    q_scale = 1.0
+    if QUANT_ROWS > 0:
+        kv_index = batch * (H // groups) + head // groups
+        k_int8_rows = open_rows(
+            k_int8_ptr + kv_index * K * QK_D, QK_D, K, BLOCK_K, QK_0, QK_1, QK_D, TMA
+        )
+        q_scale = load_scale(q_scale_ptr, head_index, first_row, Q, QUANT_ROWS, BLOCK_Q)
     dq = zero_parts(BLOCK_Q, PART_0, PART_1)
     low, whole, high = key_range(
         first_row, Q, K, diagonal, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
@@ -204,12 +236,18 @@ def _flash_dq_kernel(
             columns = start + tl.arange(0, BLOCK_K)
             k = load_rows(k_rows, start, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1, TMA)
             v = load_rows(v_rows, start, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1, TMA)
+            k_scores, factor = k, q_scale
+            if QUANT_ROWS > 0:
+                k_scores = load_rows(
+                    k_int8_rows, start, K, BLOCK_K, QK_0, QK_1, QK_D, CHECK == 1, TMA
+                )
+                factor *= load_scale(k_scale_ptr, kv_index, start, K, QUANT_ROWS, BLOCK_K)
             scores, capped = masked_scores(
-                contract(q, k, PART_1, PRECISION), rows[:, None], columns[None, :],
-                mask_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left, right,
+                contract(q, k_scores, QK_1, PRECISION), rows[:, None], columns[None, :],
+                mask_ptr, stride_mq, stride_mk, Q, K, factor * scale, cap, diagonal, left, right,
                 MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, CHECK == 1,
             )  # fmt: skip
-            p = tl.exp2(scores * unit - exponent[:, None])
+            p = tl.exp2(scores * (unit if SCALED else factor * unit) - exponent[:, None])
             dp = contract(do, v, PART_1, PRECISION)
             if HAS_DROPOUT:
                 keep = keep_weights(
@@ -246,23 +284,31 @@ def flash_backward(
     dk: Tensor,  # (B, G, K, D)
     dv: Tensor,  # (B, G, K, D)
     dmask: Tensor | None,  # (B, H, Q, K) float32, zeroed, contiguous
+    quantised: Quantised | None = None,
 ) -> None:
-    """Launch the backward kernels into `dq`, `dk`, `dv` and, where given, `dmask`."""
+    """Launch the backward kernels into `dq`, `dk`, `dv` and, where given, `dmask`.
+
+    With `quantised`, scores are recomputed from it, and query and key are what it stands for.
+    """
     strides = strides_of((query, key, value, out, dout, dq, dk, dv), attn_mask)
     aligned = start_at_16_bytes(query, key, value, dout)
     plan = _plan(problem, strides, aligned, dlse is not None, dmask is not None)
+    q_int8 = q_scale = k_int8 = k_scale = None
+    if quantised is not None:
+        q_int8, q_scale, k_int8, k_scale, _ = quantised
     delta = exponent = None
     if plan.queries:  # else one launch makes all
         delta, exponent = row_terms(problem, out, dout, lse, dlse)
     with summed_parts(dk, dv, plan.splits) as (dk_parts, dv_parts):
         plan.keys(
-            _flash_dkdv_kernel, query, key, value, out, dout, lse, dlse, delta, exponent,
-            attn_mask, seed, dq, dk_parts, dv_parts, dmask,
+            _flash_dkdv_kernel, query, key, value, q_int8, k_int8, q_scale, k_scale, out, dout,
+            lse, dlse, delta, exponent, attn_mask, seed, dq, dk_parts, dv_parts, dmask,
         )  # fmt: skip
     if plan.queries:
         plan.queries(
-            _flash_dq_kernel, query, key, value, dout, delta, exponent, attn_mask, seed, dq, dmask
-        )
+            _flash_dq_kernel, query if quantised is None else q_int8, key, value, k_int8, q_scale,
+            k_scale, dout, delta, exponent, attn_mask, seed, dq, dmask,
+        )  # fmt: skip
 
 
 class _Plan(NamedTuple):
@@ -309,7 +355,13 @@ def _plan(
     blocks = triton.cdiv(problem.query_length, config.block_q)
     queries = Launch(
         (blocks * problem.batch * problem.heads,),
-        (*strides[:9], *strides[12:18], *of_mask, *problem.numbers()),
+        (
+            *(query_strides(problem) if problem.int8 else strides[:3]),
+            *strides[3:9],
+            *strides[12:18],
+            *of_mask,
+            *problem.numbers(),
+        ),
         {**shared, **config.constants(), "TMA": config.tma},
         config.tma,
     )

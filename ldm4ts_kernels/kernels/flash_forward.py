@@ -21,6 +21,7 @@ from ldm4ts_kernels.kernels.primitives import (
     contract,
     keep_weights,
     load_rows,
+    load_scale,
     masked_scores,
     online_softmax,
     open_rows,
@@ -57,25 +58,43 @@ def key_range(
 
 
 @triton.jit
+def _start_again_if_lost(total, row_max, row_sum, PART_1: tl.constexpr):
+    """Return whether a sum left what float32 holds, and then fresh sums instead of the given."""
+    lost = tl.sum(tl.sum(total[0] * 0.0, 1), 0)  # NaN where a sum is not finite
+    if PART_1 > 0:
+        lost += tl.sum(tl.sum(total[1] * 0.0, 1), 0)
+    again = (tl.max(row_sum, 0) + lost < 2.0**100) == 0
+    row_max = tl.where(again, -INFINITY, row_max)
+    row_sum = tl.where(again, 0.0, row_sum)
+    first = tl.where(again, 0.0, total[0])
+    if PART_1 == 0:
+        return again, (first,), row_max, row_sum
+    else:
+        return again, (first, tl.where(again, 0.0, total[1])), row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["stride_vn"])
 def _flash_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, mask_ptr, seed_ptr, o_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     stride_mb, stride_mh, stride_mq, stride_mk,
     H, groups, Q, K, scale, unit, dropout_p, cap, diagonal, left, right,
-    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    HAS_CAP: tl.constexpr, SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    D: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, QK_D: tl.constexpr,
+    QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
+    SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     ONE_BLOCK: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr, SPECIALISE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEADY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Q, BLOCK_Q)
     first_row = (tl.program_id(0) % blocks) * BLOCK_Q
     head_index = tl.program_id(0) // blocks  # of B · H
     batch, head = (head_index // H).to(tl.int64), (head_index % H).to(tl.int64)
+    kv_head = head // groups
     q_ptr += batch * aligned(stride_qb, STEP) + head * aligned(stride_qh, STEP)
-    k_ptr += batch * aligned(stride_kb, STEP) + (head // groups) * aligned(stride_kh, STEP)
-    v_ptr += batch * aligned(stride_vb, STEP) + (head // groups) * aligned(stride_vh, STEP)
+    k_ptr += batch * aligned(stride_kb, STEP) + kv_head * aligned(stride_kh, STEP)
+    v_ptr += batch * aligned(stride_vb, STEP) + kv_head * aligned(stride_vh, STEP)
     o_ptr += batch * aligned(stride_ob, STEP) + head * aligned(stride_oh, STEP)
     stride_qn, stride_kn = aligned(stride_qn, STEP), aligned(stride_kn, STEP)
     stride_vn, stride_on = aligned(stride_vn, STEP), aligned(stride_on, STEP)
@@ -88,43 +107,63 @@ def _flash_fwd_kernel(
     zero = tl.program_id(1)
     q_rows = open_rows(
         q_ptr + first_row.to(tl.int64) * stride_qn, stride_qn, Q - first_row,
-        BLOCK_Q, PART_0, PART_1, D, TMA,
+        BLOCK_Q, QK_0, QK_1, QK_D, TMA,
     )  # fmt: skip
-    k_rows = open_rows(k_ptr, stride_kn, K, BLOCK_K, PART_0, PART_1, D, TMA)
+    k_rows = open_rows(k_ptr, stride_kn, K, BLOCK_K, QK_0, QK_1, QK_D, TMA)
     v_rows = open_rows(v_ptr, stride_vn, K, BLOCK_K, PART_0, PART_1, D, TMA)
-    q = load_rows(q_rows, zero, Q - first_row, BLOCK_Q, PART_0, PART_1, D, True, TMA)
+    q = load_rows(q_rows, zero, Q - first_row, BLOCK_Q, QK_0, QK_1, QK_D, True, TMA)
+    kv_index = batch * (H // groups) + kv_head  # of B · G
+    q_scale = 1.0
+    if QUANT_ROWS > 0:
+        q_scale = load_scale(
+            q_scale_ptr, head_index.to(tl.int64), first_row, Q, QUANT_ROWS, BLOCK_Q
+        )
     total = zero_parts(BLOCK_Q, PART_0, PART_1)
     row_max = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
-    units = tl.full((BLOCK_Q,), unit, tl.float32)
     low, whole, high = key_range(
         first_row, Q, K, diagonal, left, right, BLOCK_Q, BLOCK_K, HAS_LEFT, HAS_RIGHT
     )
     # A row may see no key at all, or none in its first blocks: then -inf must not meet -inf.
     MAY_BE_EMPTY: tl.constexpr = (MASK > 0) or HAS_LEFT or HAS_RIGHT
-    # Specialised warps, some loading and some computing, take one loop: all blocks are whole.
-    for CHECK in tl.static_range(1 if SPECIALISE else 2):
-        begin = whole if CHECK == 1 else low
-        end = high if CHECK == 1 else whole
+    # Loop 0 takes the whole blocks of keys, loop 2 what is left, with checks. Specialised warps,
+    # some loading and some computing, take one loop: all blocks are whole. STEADY leaves all but
+    # the first block to loop 1, which keeps its maximum: weights above 1 are as precise, and
+    # nothing is corrected. Where they overflow, loop 3 starts again, with a maximum that follows.
+    first = tl.minimum(low + BLOCK_K, whole)
+    for LOOP in tl.static_range(0, 1 if SPECIALISE else 4, 1 if STEADY else 2):
+        begin = whole if LOOP == 2 else first if LOOP == 1 else low
+        end = high if LOOP >= 2 else first if STEADY and LOOP == 0 else whole
+        if LOOP == 3:
+            again, total, row_max, row_sum = _start_again_if_lost(total, row_max, row_sum, PART_1)
+            begin = tl.where(again, low, high)
         for start in tl.range(begin, end, BLOCK_K, warp_specialize=SPECIALISE):
             columns = start + tl.arange(0, BLOCK_K)
-            k = load_rows(k_rows, start, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1, TMA)
+            k = load_rows(k_rows, start, K, BLOCK_K, QK_0, QK_1, QK_D, LOOP >= 2, TMA)
+            factor = q_scale
+            if QUANT_ROWS > 0:
+                factor *= load_scale(k_scale_ptr, kv_index, start, K, QUANT_ROWS, BLOCK_K)
             scores, _ = masked_scores(
-                contract(q, k, PART_1, PRECISION), rows[:, None], columns[None, :],
-                mask_ptr, stride_mq, stride_mk, Q, K, scale, cap, diagonal, left, right,
-                MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, CHECK == 1,
+                contract(q, k, QK_1, PRECISION), rows[:, None], columns[None, :],
+                mask_ptr, stride_mq, stride_mk, Q, K, factor * scale, cap, diagonal, left, right,
+                MASK, HAS_CAP, SCALED, HAS_LEFT, HAS_RIGHT, LOOP >= 2,
             )  # fmt: skip
-            weights, rescale, row_max, row_sum = online_softmax(
-                scores, units, row_max, row_sum, MAY_BE_EMPTY
-            )
-            if not ONE_BLOCK:  # where nothing came before, there is nothing to correct
-                total = scale_parts(total, rescale[:, None], PART_1)
+            own_unit = unit if SCALED else factor * unit
+            if LOOP == 1:
+                weights = tl.exp2(scores * own_unit - row_max[:, None])
+                row_sum += tl.sum(weights, 1)
+            else:
+                weights, rescale, row_max, row_sum = online_softmax(
+                    scores, own_unit, row_max, row_sum, MAY_BE_EMPTY
+                )
+                if not ONE_BLOCK:  # where nothing came before, there is nothing to correct
+                    total = scale_parts(total, rescale[:, None], PART_1)
             if HAS_DROPOUT:
                 keep = keep_weights(
                     seed_ptr, head_index, rows[:, None], columns[None, :], dropout_p
                 )
                 weights = tl.where(keep, weights, 0.0)
-            v = load_rows(v_rows, start, K, BLOCK_K, PART_0, PART_1, D, CHECK == 1, TMA)
+            v = load_rows(v_rows, start, K, BLOCK_K, PART_0, PART_1, D, LOOP >= 2, TMA)
             total = accumulate(total, weights, v, PART_1, PRECISION)
 
     divisor = tl.where(row_sum == 0.0, 1.0, row_sum) * (1.0 - dropout_p)
@@ -137,18 +176,20 @@ def _flash_fwd_kernel(
 
 def flash_forward(
     problem: Problem,
-    query: Tensor,  # (B, H, Q, D)
-    key: Tensor,  # (B, G, K, D)
+    query: Tensor,  # (B, H, Q, D); int8: (B, H, Q, W)
+    key: Tensor,  # (B, G, K, D); int8: (B, G, K, W)
     value: Tensor,  # (B, G, K, D)
     attn_mask: Tensor | None,  # (B, H, Q, K), broadcast by strides
     seed: Tensor | None,  # (1,) int64
     out: Tensor,  # (B, H, Q, D)
     lse: Tensor,  # (B, H, Q) float32, contiguous
+    query_scale: Tensor | None = None,  # int8: (B, H, ⌈Q / QUANT_ROWS⌉) float32
+    key_scale: Tensor | None = None,  # int8: (B, G, ⌈K / QUANT_ROWS⌉) float32
 ) -> None:
     """Launch the forward kernel into `out` and `lse`."""
     strides = strides_of((query, key, value, out), attn_mask)
     launch = _plan(problem, strides, start_at_16_bytes(query, key, value))
-    launch(_flash_fwd_kernel, query, key, value, attn_mask, seed, out, lse)
+    launch(_flash_fwd_kernel, query, key, value, query_scale, key_scale, attn_mask, seed, out, lse)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -161,6 +202,7 @@ def _plan(problem: Problem, strides: tuple[int, ...], aligned: bool) -> Launch:
         **config.constants(),
         "TMA": config.tma,
         "SPECIALISE": config.specialise,
+        "STEADY": config.steady,
         "ONE_BLOCK": problem.key_length <= config.block_k,
         "STEP": common_step(strides[:12]),
     }

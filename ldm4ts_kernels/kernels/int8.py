@@ -3,7 +3,8 @@
 `torch.ops.ldm4ts_kernels.triton_int8_forward` and `…_backward` are opaque to torch.compile, have
 fake kernels, and differentiate once. The backward pass needs the INT8 query and key, so they are
 what is kept of the two: with value, output and a few numbers a row, 6 bytes an element of a head
-instead of the 8 that exact attention keeps.
+instead of the 8 that exact attention keeps. While it runs it has both in 16 bits, too, of one layer
+at a time.
 """
 
 from typing import Any
@@ -21,12 +22,13 @@ from ldm4ts_kernels.kernels.flash import (
     INTERPRET,
     empty_like,
     expanded,
+    has_no_scores,
     needs_float32,
     problem_of,
 )
+from ldm4ts_kernels.kernels.flash_forward import flash_forward
 from ldm4ts_kernels.kernels.flops import register_attention_flops
 from ldm4ts_kernels.kernels.int8_backward import int8_backward
-from ldm4ts_kernels.kernels.int8_forward import int8_forward
 from ldm4ts_kernels.kernels.problem import Problem
 from ldm4ts_kernels.kernels.quantize import Quantised, empty_quantised, quantise
 
@@ -34,7 +36,7 @@ _OPTIONS = "Tensor? attn_mask, float scale, int? left, int? right, bool bottom_r
 _QUANTISED = ", ".join(f"Tensor {name}" for name in Quantised._fields)
 _LIBRARY = torch.library.Library("ldm4ts_kernels", "FRAGMENT")
 _LIBRARY.define(
-    f"triton_int8_forward(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> "
+    f"triton_int8_forward(Tensor query, Tensor key, Tensor value, {_OPTIONS}, bool with_shift) -> "
     f"({', '.join(['Tensor'] * (3 + len(Quantised._fields)))})"
 )
 _LIBRARY.define(
@@ -50,16 +52,31 @@ def _forward(
         tensors = (tensor.float() for tensor in (query, key, value))
         out, *rest = _forward(*tensors, _as_float32(attn_mask), *options)
         return out.to(query.dtype), *rest
-    out, lse, lse_shift, *rest = _fake_forward(query, key, value)
+    out, lse, lse_shift, *rest = _fake_forward(query, key, value, attn_mask, *options)
+    *options, with_shift = options
+    if has_no_scores(query, key):
+        return out.zero_(), lse.fill_(-torch.inf), lse_shift.zero_(), *rest
     problem = _int8_problem(query, key, attn_mask, *options)
     quantised = Quantised(*rest)
-    quantise(problem, query, key, quantised, lse_shift)
-    int8_forward(problem, quantised, value, expanded(attn_mask, query, key), out, lse)
+    quantise(problem, query, key, quantised, lse_shift if with_shift else None)
+    flash_forward(
+        problem,
+        quantised.query,
+        quantised.key,
+        value,
+        expanded(attn_mask, query, key),
+        None,
+        out,
+        lse,
+        quantised.query_scale,
+        quantised.key_scale,
+    )
     return out, lse, lse_shift, *quantised
 
 
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    lse, lse_shift = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    lse_shift = torch.empty_like(lse) if options[-1] else lse.new_empty(0)
     return empty_like(query), lse, lse_shift, *empty_quantised(query, key)
 
 
@@ -71,6 +88,8 @@ def _backward(dout: Tensor, dlse: Tensor | None, *arguments: Any) -> tuple[Tenso
         grads = _backward(dout.float(), dlse, *quantised, *tensors, *options)
         return tuple(grad.to(value.dtype) for grad in grads)
     dq, dk, dv = _fake_backward(dout, dlse, *arguments)
+    if has_no_scores(out, value):
+        return dq.zero_(), dk.zero_(), dv.zero_()
     int8_backward(
         _int8_problem(out, value, attn_mask, *options),
         Quantised(*quantised),
@@ -118,11 +137,12 @@ def _int8_problem(
     *band: Any,
 ) -> Problem:
     dropout_p, softcap = 0.0, None
-    return problem_of(query, key, attn_mask, scale, dropout_p, softcap, *band)
+    problem = problem_of(query, key, attn_mask, scale, dropout_p, softcap, *band)
+    return problem._replace(int8=True)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, value, attn_mask, *options = inputs
+    _, _, value, attn_mask, *options, _ = inputs
     out, lse, _, *quantised = output
     ctx.save_for_backward(*quantised, value, out, lse, attn_mask)
     ctx.options = options
@@ -147,14 +167,15 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 def _differentiate_operator(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> Any:
     if any(grad is not None for grad in others):
         raise NotImplementedError("of triton_int8_forward only the first output has a gradient")
-    return _differentiate(ctx, dout, None)
+    return *_differentiate(ctx, dout, None), None
 
 
 class _Int8Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, return_lse: bool, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        output = below_autograd(torch.ops.ldm4ts_kernels.triton_int8_forward.default, *inputs)
-        _save(ctx, inputs, output)
+        arguments = (*inputs, return_lse)  # the shift is needed where the LSE is
+        output = below_autograd(torch.ops.ldm4ts_kernels.triton_int8_forward.default, *arguments)
+        _save(ctx, arguments, output)
         out, lse, lse_shift, *_ = output
         return out, lse + lse_shift if return_lse else None
 
@@ -219,5 +240,5 @@ def int8_attention(
         out, lse = _Int8Attention.apply(return_lse, *arguments)
         return (out, lse) if return_lse else out
     forward = torch.ops.ldm4ts_kernels.triton_int8_forward.default
-    out, lse, lse_shift, *_ = below_autograd(forward, *arguments)
+    out, lse, lse_shift, *_ = below_autograd(forward, *arguments, return_lse)
     return (out, lse + lse_shift) if return_lse else out

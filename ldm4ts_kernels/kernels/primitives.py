@@ -131,6 +131,22 @@ def zero_parts(ROWS: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr):
 
 
 @triton.jit
+def float32_parts(parts, PART_1: tl.constexpr):
+    if PART_1 == 0:
+        return (parts[0].to(tl.float32),)
+    else:
+        return (parts[0].to(tl.float32), parts[1].to(tl.float32))
+
+
+@triton.jit
+def add_parts(left, right, PART_1: tl.constexpr):
+    if PART_1 == 0:
+        return (left[0] + right[0],)
+    else:
+        return (left[0] + right[0], left[1] + right[1])
+
+
+@triton.jit
 def scale_parts(parts, factor, PART_1: tl.constexpr):
     if PART_1 == 0:
         return (parts[0] * factor,)
@@ -139,19 +155,23 @@ def scale_parts(parts, factor, PART_1: tl.constexpr):
 
 
 @triton.jit
+def load_scale(ptr, head_index, start, length, QUANT_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Load the one scale of a block of INT8 rows."""
+    tl.static_assert(QUANT_ROWS % BLOCK == 0, "a block of rows must have one scale")
+    return tl.load(ptr + head_index * tl.cdiv(length, QUANT_ROWS) + start // QUANT_ROWS)
+
+
+@triton.jit
 def contract(left, right, PART_1: tl.constexpr, PRECISION: tl.constexpr):
     """Return left @ rightᵀ over the head dim: (ROWS, D), (COLUMNS, D) → (ROWS, COLUMNS) float32.
 
-    INT8 operands give the exact sum, for D ≤ 256: it is below 2^22, so that added to the bits of
-    1.5 · 2^23 it is a float32 already. A conversion costs a GPU more than the subtraction does.
+    INT8 operands give the exact sum, for D ≤ 256: it is below 2^22.
     """
     if left[0].dtype == tl.int8:
-        shape: tl.constexpr = (left[0].shape[0], right[0].shape[0])
-        integers = tl.full(shape, 0x4B400000, tl.int32)
-        integers = tl.dot(left[0], tl.trans(right[0]), integers, out_dtype=tl.int32)
+        integers = tl.dot(left[0], tl.trans(right[0]), out_dtype=tl.int32)
         if PART_1 > 0:
             integers = tl.dot(left[1], tl.trans(right[1]), integers, out_dtype=tl.int32)
-        return integers.to(tl.float32, bitcast=True) - 12582912.0
+        return integers.to(tl.float32)
     else:
         product = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
         if PART_1 > 0:
@@ -168,16 +188,6 @@ def accumulate(total, weights, parts, PART_1: tl.constexpr, PRECISION: tl.conste
         return (first,)
     else:
         return (first, tl.dot(weights, parts[1], total[1], input_precision=PRECISION))
-
-
-@triton.jit
-def dequantise(parts, factor, PART_1: tl.constexpr, TYPE: tl.constexpr):
-    """Return INT8 parts times their scale, in a floating dtype."""
-    first = (parts[0].to(tl.float32) * factor).to(TYPE)
-    if PART_1 == 0:
-        return (first,)
-    else:
-        return (first, (parts[1].to(tl.float32) * factor).to(TYPE))
 
 
 @triton.jit
@@ -237,14 +247,14 @@ def masked_scores(
 def online_softmax(scores, unit, row_max, row_sum, MAY_BE_EMPTY: tl.constexpr):
     """Return 2^(scores · unit - max), the factor that corrects earlier sums, the new max and sum.
 
-    `unit`, positive and one a row, turns a score into an exponent of 2; the maximum is in those. A
-    row may have seen no key yet (MAY_BE_EMPTY): then -inf must not meet -inf.
+    `unit`, positive, turns a score into an exponent of 2; the maximum is in those. A row may have
+    seen no key yet (MAY_BE_EMPTY): then -inf must not meet -inf.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
     shift = new_max
     if MAY_BE_EMPTY:
         shift = tl.where(new_max == -INFINITY, 0.0, shift)
-    weights = tl.exp2(scores * unit[:, None] - shift[:, None])
+    weights = tl.exp2(scores * unit - shift[:, None])
     rescale = tl.exp2(row_max - shift)
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 

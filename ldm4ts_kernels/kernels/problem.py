@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from ldm4ts_kernels.kernels.tuning import (
+    QUANT_ROWS,
     TMA_LENGTH,
     Config,
     choose,
     choose_tma,
     fits_one_block,
+    int8_parts,
     split_head_dim,
+    stored_width,
 )
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU
@@ -40,6 +43,7 @@ class Problem(NamedTuple):
     bottom_right: the diagonal ends at the last query and key instead of starting at the first.
     mask: 0 for none, 1 for a boolean one, 2 for one that is added to the scores.
     capability: of the GPU the kernels are tuned for.
+    int8: query and key come in INT8, with a scale every QUANT_ROWS rows.
     """
 
     batch: int
@@ -56,6 +60,7 @@ class Problem(NamedTuple):
     softcap: float | None = None
     window: tuple[int | None, int | None] = (None, None)
     bottom_right: bool = False
+    int8: bool = False
 
     @property
     def scaled(self) -> bool:
@@ -64,6 +69,8 @@ class Problem(NamedTuple):
 
     def config(self, stage: str, *, tma: bool = False) -> Config:
         """Return the tile of a pass, with tensor maps where `tma` allows and they gain."""
+        if self.int8 and stage != "one_block":
+            stage = f"int8_{stage}"
         if tma and (fast := choose_tma(stage, self.head_dim, self.key_length, self.plain)):
             return fast
         return choose(
@@ -110,10 +117,15 @@ class Problem(NamedTuple):
     def flags(self) -> dict[str, int | bool | str]:
         """Return the kernels' compile-time flags."""
         part_0, part_1 = split_head_dim(self.head_dim, self.capability)
+        qk_0, qk_1 = int8_parts(self.head_dim) if self.int8 else (part_0, part_1)
         return {
             "D": self.head_dim,
             "PART_0": part_0,
             "PART_1": part_1,
+            "QK_D": stored_width(self.head_dim) if self.int8 else self.head_dim,
+            "QK_0": qk_0,
+            "QK_1": qk_1,
+            "QUANT_ROWS": QUANT_ROWS if self.int8 else 0,
             "MASK": self.mask,
             "HAS_DROPOUT": self.dropout_p > 0.0,
             "HAS_CAP": self.softcap is not None,

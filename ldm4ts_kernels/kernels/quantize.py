@@ -18,9 +18,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ldm4ts_kernels.kernels.launch import Launch
-from ldm4ts_kernels.kernels.primitives import aligned, load_parts, store_parts, zero_parts
+from ldm4ts_kernels.kernels.primitives import (
+    add_parts,
+    aligned,
+    float32_parts,
+    load_parts,
+    store_parts,
+    zero_parts,
+)
 from ldm4ts_kernels.kernels.problem import Problem, common_step, strides_of
-from ldm4ts_kernels.kernels.tuning import MEAN_PARTS, MEAN_ROWS, QUANT_ROWS, split_head_dim
+from ldm4ts_kernels.kernels.tuning import (
+    MEAN_PARTS,
+    MEAN_ROWS,
+    QUANT_ROWS,
+    int8_parts,
+    stored_width,
+)
 
 LARGEST = tl.constexpr(127.0)
 SMALLEST = tl.constexpr(1e-30)  # its reciprocal is finite; below it a block counts as zeros
@@ -36,16 +49,6 @@ class Quantised(NamedTuple):
     key: Tensor  # (B, G, K, W) int8, of key - key_mean
     key_scale: Tensor  # (B, G, ⌈K / QUANT_ROWS⌉) float32
     key_mean: Tensor  # (B, G, W) float32
-
-
-def stored_width(head_dim: int) -> int:
-    """Return W, the bytes of one INT8 row."""
-    return triton.cdiv(head_dim, 16) * 16
-
-
-def int8_parts(head_dim: int) -> tuple[int, int]:
-    """Return the split of the head dim for INT8 products, which contract 32 columns at least."""
-    return split_head_dim(head_dim, least=32)
 
 
 @triton.jit
@@ -66,10 +69,7 @@ def _key_sum_kernel(
     total = zero_parts(BLOCK, QK_0, QK_1)
     for start in range(low, high, BLOCK):
         k = load_parts(k_ptr, start, stride_kn, high, BLOCK, QK_0, QK_1, D, True)
-        if QK_1 == 0:
-            total = (total[0] + k[0].to(tl.float32),)
-        else:
-            total = (total[0] + k[0].to(tl.float32), total[1] + k[1].to(tl.float32))
+        total = add_parts(total, float32_parts(k, QK_1), QK_1)
     _store_row(sum_ptr, tl.sum(total[0], 0), 0, WIDTH, QK_0)
     if QK_1 > 0:
         _store_row(sum_ptr, tl.sum(total[1], 0), QK_0, WIDTH, QK_1)
@@ -142,7 +142,7 @@ def _quantise_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     H, groups, Q, K, scale, parts, query_programs,
     D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
-    STEP: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, MAX_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Quantise one block of the query or, in the programs that follow those, of the key."""
     program = tl.program_id(0)
@@ -153,18 +153,17 @@ def _quantise_kernel(
         batch, head = head_index // H, head_index % H
         q_ptr += batch * aligned(stride_qb, STEP) + head * aligned(stride_qh, STEP)
         q = load_parts(q_ptr, start, aligned(stride_qn, STEP), Q, BLOCK, QK_0, QK_1, D, True)
-        kv_index = batch * (H // groups) + head // groups
-        mean = _load_mean(
-            sum_ptr + kv_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
-        )
-        shift = tl.sum(q[0].to(tl.float32) * mean[0][None, :], 1)
-        if QK_1 == 0:
-            q = (q[0].to(tl.float32),)
-        else:
-            shift += tl.sum(q[1].to(tl.float32) * mean[1][None, :], 1)
-            q = (q[0].to(tl.float32), q[1].to(tl.float32))
-        rows = start + tl.arange(0, BLOCK)
-        tl.store(shift_ptr + head_index * Q + rows, shift * scale, mask=rows < Q)
+        q = float32_parts(q, QK_1)
+        if HAS_SHIFT:
+            kv_index = batch * (H // groups) + head // groups
+            mean = _load_mean(
+                sum_ptr + kv_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
+            )
+            shift = tl.sum(q[0] * mean[0][None, :], 1)
+            if QK_1 > 0:
+                shift += tl.sum(q[1] * mean[1][None, :], 1)
+            rows = start + tl.arange(0, BLOCK)
+            tl.store(shift_ptr + head_index * Q + rows, shift * scale, mask=rows < Q)
         _quantise_and_store(
             q_int8_ptr + head_index * Q * WIDTH, q_scale_ptr + head_index * blocks, q, start, Q,
             WIDTH, QK_0, QK_1, BLOCK,
@@ -209,22 +208,30 @@ def empty_quantised(query: Tensor, key: Tensor) -> Quantised:
     )
 
 
+def query_strides(problem: Problem) -> tuple[int, int, int]:
+    """Return the first three strides of `Quantised.query`."""
+    width = stored_width(problem.head_dim)
+    head = problem.query_length * width
+    return problem.heads * head, head, width
+
+
 def quantise(
     problem: Problem,
     query: Tensor,  # (B, H, Q, D)
     key: Tensor,  # (B, G, K, D)
     result: Quantised,
-    lse_shift: Tensor,  # (B, H, Q) float32
+    lse_shift: Tensor | None,  # (B, H, Q) float32
 ) -> None:
-    """Launch the two kernels that fill `result`, and scale · query · key_mean into `lse_shift`.
+    """Launch the two kernels that fill `result` and, where given, `lse_shift`.
 
-    The shift is what smoothing the key takes from every score of a row, and so from its LSE.
+    The shift, scale · query · key_mean, is what smoothing the key takes from every score of a row,
+    and so from its LSE.
 
     A value that is not finite makes the scale of its block NaN, and in the key the mean of its
     channel: it reaches every row of the block or head, and is never rounded away.
     """
     strides = strides_of((query, key), None)[:6]
-    sum_keys, quantise_all, shape = _plan(problem, strides)
+    sum_keys, quantise_all, shape = _plan(problem, strides, lse_shift is not None)
     sums = key.new_empty(shape, dtype=torch.float32)
     sum_keys(_key_sum_kernel, key, sums)
     quantise_all(_quantise_kernel, query, key, sums, *result, lse_shift)
@@ -234,6 +241,7 @@ def quantise(
 def _plan(
     problem: Problem,
     strides: tuple[int, ...],  # of query and key
+    has_shift: bool,
 ) -> tuple[Launch, Launch, tuple[int, int, int]]:
     """Return the two launches, and the shape of the sums between them."""
     part_0, part_1 = int8_parts(problem.head_dim)
@@ -259,6 +267,9 @@ def _plan(
         (of_queries + of_keys,),
         (*strides, *problem.lengths(), problem.scale, parts, of_queries),
         # No fusion: x · factor is rounded before ROUNDER is added, as the oracle does.
-        {**flags, "MAX_PARTS": MEAN_PARTS, "BLOCK": QUANT_ROWS, "enable_fp_fusion": False},
-    )
+        {
+            **flags, "MAX_PARTS": MEAN_PARTS, "HAS_SHIFT": has_shift, "BLOCK": QUANT_ROWS,
+            "enable_fp_fusion": False,
+        },
+    )  # fmt: skip
     return sum_keys, quantise_all, (kv_heads, parts, flags["WIDTH"])

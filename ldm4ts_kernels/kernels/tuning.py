@@ -15,6 +15,8 @@ class Config:
 
     tma: operands are loaded by Hopper's copy engine, through tensor maps.
     specialise: one group of warps loads and two compute, 64 rows each, out of step with each other.
+    steady: softmax keeps the maximum of the first block of keys, so that later sums need no
+        correction, and starts again with one that follows where a row leaves float32 that way.
     """
 
     block_q: int
@@ -23,6 +25,7 @@ class Config:
     num_stages: int
     tma: bool = False
     specialise: bool = False
+    steady: bool = False
 
     def constants(self) -> dict[str, int]:
         """Return what every launch passes to its kernel and to Triton."""
@@ -64,6 +67,16 @@ def split_head_dim(
     if first < max(least, 64 if capability[0] == 9 else 0) or rest >= first:
         return whole, 0
     return first, rest
+
+
+def stored_width(head_dim: int) -> int:
+    """Return the bytes of a row of INT8 query or key: whole 16, which every load then knows."""
+    return triton.cdiv(head_dim, 16) * 16
+
+
+def int8_parts(head_dim: int) -> tuple[int, int]:
+    """Return the split of the head dim for INT8 products, which contract 32 columns at least."""
+    return split_head_dim(head_dim, least=32)
 
 
 # Rows: (largest padded head dim) → (block_q, block_k, num_warps, num_stages), 16-bit elements.
@@ -113,12 +126,12 @@ INT8_FORWARD = {
 INT8_KEY_GRADIENT = {
     SMALL: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (16, 64, 4, 1), 256: (32, 32, 8, 1)},
     MEDIUM: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (16, 64, 4, 2), 256: (32, 32, 8, 1)},
-    LARGE: {64: (32, 64, 4, 3), 96: (64, 128, 8, 3), 160: (32, 128, 8, 3), 256: (64, 64, 8, 3)},
+    LARGE: {96: (64, 64, 4, 3), 128: (64, 128, 8, 3), 160: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
 }
 INT8_QUERY_GRADIENT = {
     SMALL: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 160: (64, 16, 4, 1), 256: (32, 32, 8, 1)},
     MEDIUM: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 160: (64, 16, 4, 2), 256: (32, 32, 8, 1)},
-    LARGE: {64: (64, 64, 4, 3), 96: (128, 32, 8, 3), 160: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
+    LARGE: {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 160: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
 }
 TABLES = {
     "forward": FORWARD,
@@ -141,6 +154,9 @@ TMA = {
                      160: (32, 64, 4, 3)},
     "query_gradient": {64: (128, 64, 8, 3), 96: (64, 64, 4, 3), 160: (128, 64, 8, 3)},
     "int8_forward": {48: None, 128: (64, 128, 4, 2)},
+    "int8_key_gradient": {48: None, 64: (64, 64, 4, 2), 96: None, 128: (64, 64, 4, 2),
+                          160: (32, 64, 4, 3)},
+    "int8_query_gradient": {64: (128, 64, 8, 3), 96: (64, 64, 4, 3), 160: (128, 64, 8, 3)},
 }  # fmt: skip
 UNSPECIALISED = {128: (64, 64, 4, 3), 160: (128, 32, 4, 3)}
 TMA_HEAD_DIM = 40  # at least
