@@ -232,6 +232,17 @@ def test_a_maximum_that_is_kept_does_not_show(spread, keys, device, poison, stea
     compare(draw(Shape(1, 2, 1, 40, keys, 16), dtype, device, spread=spread), {})
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("spread", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("head_dim", [40, 64, 80])
+@pytest.mark.parametrize("keys", [640, 2100])
+def test_a_maximum_that_is_kept_does_not_show_where_tensor_maps_load(
+    spread, head_dim, keys, device, poison
+):
+    leaves = draw(Shape(1, 2, 1, 700, keys, head_dim), torch.bfloat16, device, spread=spread)
+    compare(leaves, {})
+
+
 def test_a_maximum_that_is_kept_passes_on_what_is_not_finite(device, steady):
     query, key, value = (
         leaf.detach() for leaf in draw(Shape(1, 1, 1, 40, 150, 16), torch.float32, device)

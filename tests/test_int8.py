@@ -59,6 +59,16 @@ def test_kernels_agree_with_the_quantised_oracle_at_size(shape, dtype, device, p
     compare(draw(shape, dtype, device, channel_bias=4.0))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("spread", [3.0, 20.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("keys", [640, 2100])
+def test_kernels_agree_where_a_kept_maximum_may_be_left_behind(
+    spread, head_dim, keys, device, poison
+):
+    compare(draw(Shape(1, 2, 1, 700, keys, head_dim), torch.bfloat16, device, spread=spread))
+
+
 @pytest.mark.parametrize("lengths", [(70, 50), (50, 140)], ids=str)
 @pytest.mark.parametrize(
     "options",

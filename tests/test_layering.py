@@ -9,7 +9,7 @@ LAYERS = (
     ("reference", "graphs", "optimizers", "kernels.primitives", "kernels.tuning"),
     ("requirements", "kernels.autograd"),
     ("inputs", "memory_trace", "kernels.problem", "kernels.flops", "kernels.launch"),
-    ("kernels.flash_forward", "kernels.quantize", "kernels.row_terms"),
+    ("kernels.flash_forward", "kernels.quantize", "kernels.row_terms", "kernels.query_splits"),
     ("kernels.flash_backward",),
     ("kernels.flash", "kernels.int8_backward", "native"),
     ("kernels.int8", "wheels"),

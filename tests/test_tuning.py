@@ -1,6 +1,7 @@
 """The tiles of the Triton kernels, compiled for GPUs that are not here."""
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -42,19 +43,27 @@ def test_every_head_dim_length_and_dtype_has_a_tile(stage, capability):
                 assert config.block_k >= 16
 
 
-def test_tensor_maps_serve_long_rows_and_specialised_warps_whole_blocks_alone():
-    assert tuning.choose_tma("forward", 16, 4096, True) is None
-    assert tuning.choose_tma("one_block", 64, 4096, True) is None
+@pytest.mark.parametrize("stage", tuning.TMA)
+def test_tensor_maps_serve_long_rows_alone(stage):
+    assert tuning.choose_tma(stage, 16, 4096, True, True) is None
+    assert tuning.choose_tma("one_block", 64, 4096, True, True) is None
     for head_dim in range(tuning.TMA_HEAD_DIM, 161):
-        whole = tuning.choose_tma("forward", head_dim, 4096, True)
-        assert whole is not None
-        assert whole.tma
-        assert whole.specialise == (tuning.SPECIALISES and head_dim > 96)
-        for key_length, plain in ((4097, True), (4096, False)):
-            other = tuning.choose_tma("forward", head_dim, key_length, plain)
-            assert other is not None
-            assert other.tma
-            assert not other.specialise
+        config = tuning.choose_tma(stage, head_dim, 4096, True, True)
+        assert config is None or config.tma
+
+
+@pytest.mark.parametrize("stage", tuning.TMA_PLAIN)
+@pytest.mark.parametrize(("plain", "bfloat16"), [(True, True), (True, False), (False, True)])
+def test_warps_specialise_on_whole_blocks_and_a_maximum_is_kept_in_bfloat16(stage, plain, bfloat16):
+    for head_dim, key_length in itertools.product(range(1, 257), (600, 4096, 4097)):
+        config = tuning.choose_tma(stage, head_dim, key_length, plain, bfloat16)
+        if config is None:
+            continue
+        if config.specialise:
+            assert tuning.SPECIALISES
+            assert plain
+            assert key_length % config.block_k == 0
+        assert not config.steady or (plain and bfloat16)
 
 
 def test_one_block_tiles_hold_all_keys():

@@ -8,12 +8,9 @@ one launch computes all three gradients; else dK and dV are summed over queries 
 dQ over keys by another.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,7 +40,13 @@ from ldm4ts_kernels.kernels.problem import (
     takes_tensor_maps,
 )
 from ldm4ts_kernels.kernels.quantize import Quantised, query_strides
-from ldm4ts_kernels.kernels.row_terms import load_exponent, load_row_terms, row_terms
+from ldm4ts_kernels.kernels.query_splits import part_strides, split_queries, summed_parts
+from ldm4ts_kernels.kernels.row_terms import (
+    load_exponent,
+    load_row_terms,
+    open_row_terms,
+    row_terms,
+)
 
 # Triton makes a stride of 1 a constant and then lays a tile of head dim 1 out by columns, which its
 # version 3.6 multiplies wrongly on an H200, with 64 queries a block.
@@ -124,6 +127,8 @@ def _flash_dkdv_kernel(
             q_int8_rows = open_rows(
                 q_int8_ptr + head_index * Q * QK_D, QK_D, Q, BLOCK_Q, QK_0, QK_1, QK_D, TMA
             )
+        if not ONE_BLOCK:
+            terms = open_row_terms(delta_ptr, exponent_ptr, head_index, Q, BLOCK_Q, TMA)
         for start in range(low, high, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
             q = load_rows(q_rows, start, Q, BLOCK_Q, PART_0, PART_1, D, True, TMA)
@@ -142,7 +147,7 @@ def _flash_dkdv_kernel(
                     delta -= tl.load(dlse_ptr + head_index * Q + rows, mask=rows < Q, other=0.0)
                 exponent = load_exponent(lse_ptr + head_index * Q, rows, Q)
             else:
-                delta, exponent = load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q)
+                delta, exponent = load_row_terms(terms, start, BLOCK_Q, TMA)
             scores, capped = masked_scores(
                 contract(k_scores, q_scores, QK_1, PRECISION), rows[None, :], columns,
                 mask_head_ptr, stride_mq, stride_mk, Q, K, factor * scale, cap,
@@ -215,7 +220,8 @@ def _flash_dq_kernel(
     rows = first_row + tl.arange(0, BLOCK_Q)
     q = load_parts(q_ptr, first_row, stride_qn, Q, BLOCK_Q, QK_0, QK_1, QK_D, True)
     do = load_parts(do_ptr, first_row, stride_don, Q, BLOCK_Q, PART_0, PART_1, D, True)
-    delta, exponent = load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q)
+    terms = open_row_terms(delta_ptr, exponent_ptr, head_index, Q, BLOCK_Q, False)
+    delta, exponent = load_row_terms(terms, first_row, BLOCK_Q, False)
     k_rows = open_rows(k_ptr, stride_kn, K, BLOCK_K, PART_0, PART_1, D, TMA)
     v_rows = open_rows(v_ptr, stride_vn, K, BLOCK_K, PART_0, PART_1, D, TMA)
     q_scale = 1.0
@@ -366,38 +372,3 @@ def _plan(
         config.tma,
     )
     return _Plan(keys, queries, splits)
-
-
-@contextlib.contextmanager
-def summed_parts(dk: Tensor, dv: Tensor, splits: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what the splits of the queries write: dK and dV, or float32 parts, summed on exit."""
-    if splits == 1:
-        yield dk[None], dv[None]
-        return
-    shares = torch.empty((2, splits, *dk.shape), dtype=torch.float32, device=dk.device)
-    yield shares[0], shares[1]
-    dk.copy_(shares[0].sum(0))
-    dv.copy_(shares[1].sum(0))
-
-
-def part_strides(problem: Problem, whole: tuple[int, ...], splits: int) -> tuple[int, ...]:
-    """Return the four strides of dK and of dV as `summed_parts` yields them, from their three."""
-    if splits == 1:
-        return 0, *whole[:3], 0, *whole[3:]
-    head = problem.key_length * problem.head_dim
-    rows = (problem.kv_heads * head, head, problem.head_dim)
-    return (problem.batch * rows[0], *rows) * 2
-
-
-@functools.cache
-def split_queries(problem: Problem, block_q: int, block_k: int) -> tuple[int, int]:
-    """Return into how many parts, of how many rows, a key block's queries are split to fill a GPU.
-
-    Short keys make few programs (77 keys and 32 heads: 32 on 132 multiprocessors); each split then
-    sums its share into float32, and the shares are added in a fixed order.
-    """
-    programs = triton.cdiv(problem.key_length, block_k) * problem.batch * problem.kv_heads
-    blocks = triton.cdiv(problem.query_length, block_q)
-    splits = max(1, min(256 // programs, blocks // 4))
-    rows_a_split = triton.cdiv(blocks, splits) * block_q
-    return triton.cdiv(problem.query_length, rows_a_split), rows_a_split

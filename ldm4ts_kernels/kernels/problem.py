@@ -71,8 +71,11 @@ class Problem(NamedTuple):
         """Return the tile of a pass, with tensor maps where `tma` allows and they gain."""
         if self.int8 and stage != "one_block":
             stage = f"int8_{stage}"
-        if tma and (fast := choose_tma(stage, self.head_dim, self.key_length, self.plain)):
-            return fast
+        if tma:
+            bfloat16 = self.dtype == torch.bfloat16
+            fast = choose_tma(stage, self.head_dim, self.key_length, self.plain, bfloat16)
+            if fast is not None:
+                return fast
         return choose(
             stage,
             self.head_dim,

@@ -58,10 +58,29 @@ def padded(Q):
 
 
 @triton.jit
-def load_row_terms(delta_ptr, exponent_ptr, head_index, rows, Q):
-    """Load delta and exponent of some rows of a head; rows past the last have a P of 0."""
-    first = head_index * padded(Q)
-    return tl.load(delta_ptr + first + rows), tl.load(exponent_ptr + first + rows)
+def open_row_terms(
+    delta_ptr, exponent_ptr, head_index, Q, BLOCK_Q: tl.constexpr, TMA: tl.constexpr
+):
+    """Return what `load_row_terms` reads delta and exponent of a head from."""
+    delta_ptr += head_index * padded(Q)
+    exponent_ptr += head_index * padded(Q)
+    if TMA:
+        return (
+            tl.make_tensor_descriptor(delta_ptr, [padded(Q)], [1], [BLOCK_Q]),
+            tl.make_tensor_descriptor(exponent_ptr, [padded(Q)], [1], [BLOCK_Q]),
+        )
+    else:
+        return (delta_ptr, exponent_ptr)
+
+
+@triton.jit
+def load_row_terms(source, start, BLOCK_Q: tl.constexpr, TMA: tl.constexpr):
+    """Load delta and exponent of a block of rows; rows past the last have a P of 0."""
+    if TMA:
+        return source[0].load([start]), source[1].load([start])
+    else:
+        rows = start + tl.arange(0, BLOCK_Q)
+        return tl.load(source[0] + rows), tl.load(source[1] + rows)
 
 
 def row_terms(

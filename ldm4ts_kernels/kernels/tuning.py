@@ -97,7 +97,7 @@ KEY_GRADIENT = {
             512: (16, 16, 8, 1)},
     MEDIUM: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (32, 32, 4, 2), 256: (32, 32, 8, 1),
              512: (16, 32, 8, 1)},
-    LARGE: {96: (64, 64, 4, 3), 128: (64, 128, 8, 3), 160: (32, 64, 4, 3), 256: (32, 64, 8, 2),
+    LARGE: {96: (64, 64, 4, 3), 128: (64, 128, 8, 3), 160: (64, 64, 8, 2), 256: (32, 64, 8, 2),
             512: (16, 32, 8, 1)},
 }  # fmt: skip
 QUERY_GRADIENT = {
@@ -105,7 +105,7 @@ QUERY_GRADIENT = {
             512: (32, 16, 8, 1)},
     MEDIUM: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 160: (32, 32, 4, 2), 256: (32, 32, 8, 1),
              512: (32, 32, 8, 1)},
-    LARGE: {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 160: (128, 64, 8, 3), 256: (64, 32, 8, 2),
+    LARGE: {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 160: (64, 64, 4, 2), 256: (64, 32, 8, 2),
             512: (32, 32, 8, 1)},
 }  # fmt: skip
 ONE_BLOCK = {
@@ -126,12 +126,12 @@ INT8_FORWARD = {
 INT8_KEY_GRADIENT = {
     SMALL: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (16, 64, 4, 1), 256: (32, 32, 8, 1)},
     MEDIUM: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 160: (16, 64, 4, 2), 256: (32, 32, 8, 1)},
-    LARGE: {96: (64, 64, 4, 3), 128: (64, 128, 8, 3), 160: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
+    LARGE: {96: (64, 64, 4, 3), 128: (64, 128, 8, 3), 160: (64, 64, 8, 2), 256: (32, 64, 8, 2)},
 }
 INT8_QUERY_GRADIENT = {
     SMALL: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 160: (64, 16, 4, 1), 256: (32, 32, 8, 1)},
     MEDIUM: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 160: (64, 16, 4, 2), 256: (32, 32, 8, 1)},
-    LARGE: {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 160: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+    LARGE: {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 160: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
 }
 TABLES = {
     "forward": FORWARD,
@@ -143,22 +143,31 @@ TABLES = {
     "int8_query_gradient": INT8_QUERY_GRADIENT,
 }
 # Rows for Hopper's tensor maps, 16-bit elements, where `problem.takes_tensor_maps`: (largest head
-# dim) → row, None where pointers are faster. A row that ends in True specialises its warps; the
-# second table has what stands in for it. NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-23, bf16, by
-#     python -m benchmarks.tune --head-dim 40 64 80 128 160 --length 4096
-# and, of INT8, --stage int8_forward --head-dim 64 128.
+# dim, most keys) → row, None where pointers are faster. A last word specialises the warps of a row
+# or keeps a maximum (steady); where that may not be, the row of the second table stands in.
+# NVIDIA H100, torch 2.11, Triton 3.6, 2026-11-27, bf16, by
+#     python -m benchmarks.tune --head-dim 40 64 80 128 160 --length 784 4096
+ANY = 2**31
+Row = tuple[int, int, int, int] | tuple[int, int, int, int, str]
 TMA = {
-    "forward": {48: (128, 64, 4, 3), 64: (64, 128, 4, 2), 96: (128, 64, 4, 3),
-                160: (128, 128, 4, 2, True)},
-    "key_gradient": {48: None, 64: (128, 64, 4, 2), 96: None, 128: (64, 64, 4, 2),
-                     160: (32, 64, 4, 3)},
-    "query_gradient": {64: (128, 64, 8, 3), 96: (64, 64, 4, 3), 160: (128, 64, 8, 3)},
-    "int8_forward": {48: None, 128: (64, 128, 4, 2)},
-    "int8_key_gradient": {48: None, 64: (64, 64, 4, 2), 96: None, 128: (64, 64, 4, 2),
-                          160: (32, 64, 4, 3)},
-    "int8_query_gradient": {64: (128, 64, 8, 3), 96: (64, 64, 4, 3), 160: (128, 64, 8, 3)},
+    "forward": {(48, ANY): (128, 64, 4, 3, "steady"), (64, 2047): (64, 64, 4, 2, "steady"),
+                (64, ANY): (128, 64, 8, 3, "steady"), (96, ANY): (128, 64, 4, 3, "steady"),
+                (160, ANY): (128, 128, 4, 2, "specialise")},
+    "key_gradient": {(48, ANY): None, (64, ANY): (64, 64, 4, 3), (96, ANY): None,
+                     (128, ANY): (64, 128, 8, 3), (160, ANY): (32, 64, 4, 3)},
+    "query_gradient": {(64, ANY): (128, 64, 8, 3), (96, ANY): (64, 64, 4, 3),
+                       (160, ANY): (128, 64, 8, 3)},
+    "int8_forward": {(48, ANY): None, (64, 2047): (64, 64, 4, 2, "steady"),
+                     (64, ANY): (64, 64, 4, 3, "steady"), (128, ANY): (64, 128, 4, 2, "steady")},
+    "int8_key_gradient": {(48, ANY): None, (64, ANY): (64, 64, 4, 3), (96, ANY): None,
+                          (128, ANY): (64, 128, 8, 3), (160, ANY): (32, 64, 4, 3)},
+    "int8_query_gradient": {(96, ANY): (64, 64, 4, 3), (160, ANY): (128, 64, 8, 3)},
 }  # fmt: skip
-UNSPECIALISED = {128: (64, 64, 4, 3), 160: (128, 32, 4, 3)}
+TMA_PLAIN = {
+    "forward": {(48, ANY): (128, 64, 4, 3), (64, ANY): (64, 128, 4, 2), (96, ANY): (128, 64, 4, 3),
+                (128, ANY): (64, 64, 4, 3), (160, ANY): (128, 32, 4, 3)},
+    "int8_forward": {(128, ANY): (64, 128, 4, 2)},
+}  # fmt: skip
 TMA_HEAD_DIM = 40  # at least
 TMA_LENGTH = 512  # queries and keys, at least
 # Specialising warps is young in Triton: 3.6 is what it was tested with, and where it had a fault
@@ -196,21 +205,32 @@ def choose(
     return Config(block_q, min(block_k, short), warps, stages)
 
 
+def _row(table: dict[tuple[int, int], Row | None], head_dim: int, key_length: int) -> Row | None:
+    """Return the first row of a table that is for the head dim and length; None for none."""
+    return next((table[d, n] for d, n in table if head_dim <= d and key_length <= n), None)
+
+
 @functools.cache
-def choose_tma(stage: str, head_dim: int, key_length: int, plain: bool) -> Config | None:
+def choose_tma(
+    stage: str, head_dim: int, key_length: int, plain: bool, bfloat16: bool
+) -> Config | None:
     """Return a pass's tile with tensor maps; None where pointers are as fast.
 
     plain: no mask, window, cap or dropout, so that whole blocks of keys need no check.
+    bfloat16: weights may be far above 1, as they are where a maximum is kept.
     """
-    table = TMA.get(stage, {})
-    row = next((table[top] for top in table if head_dim <= top), None)
+    row = _row(TMA.get(stage, {}), head_dim, key_length)
     if row is None or head_dim < TMA_HEAD_DIM:
         return None
-    specialise = len(row) > 4
-    if specialise and not (SPECIALISES and plain and key_length % row[1] == 0):
-        row = next(UNSPECIALISED[top] for top in UNSPECIALISED if head_dim <= top)
-        specialise = False
-    return Config(*row[:4], tma=True, specialise=specialise)
+    word = row[4:]
+    may = {
+        (): True,
+        ("specialise",): SPECIALISES and plain and key_length % row[1] == 0,
+        ("steady",): plain and bfloat16,
+    }
+    if not may[word]:
+        row, word = _row(TMA_PLAIN[stage], head_dim, key_length), ()
+    return Config(*row[:4], tma=True, specialise="specialise" in word, steady="steady" in word)
 
 
 def fits_one_block(
