@@ -4,7 +4,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import OWN, PEERS, ROOT, device_times, read
+from benchmarks.measure import read
+from benchmarks.report import OWN, PEERS, ROOT, device_times
+from benchmarks.training_tables import CLAIMS
 
 IMAGES = ROOT / "docs" / "images"
 ORDER = ("sdpa flash", "flex", "sdpa cudnn")
@@ -59,6 +61,24 @@ def draw_peaks(axes: Axes) -> None:
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.set_xticks(range(len(groups)), [f"{px} px, {precision}" for px, precision in groups])
     axes.set_ylabel("peak of a training step, GiB")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_levers(axes: Axes, px: str) -> None:
+    """Draw memory against speed at batch 4, a point a set of levers; hollow: the guide's claims."""
+    rows = [r for r in read("training_levers") if (r["px"], r["batch"]) == (px, "4")]
+    default = next(row for row in rows if row["name"] == "Default")
+    for row in rows:
+        claim = CLAIMS.get(("4", row["name"]))
+        place = float(row["in_all_mib"]) / 1024, float(default["ms"]) / float(row["ms"])
+        axes.scatter(*place, color="0.55" if claim else "tab:blue", s=24)
+        axes.annotate(row["name"], place, xytext=(4, 3), textcoords="offset points", fontsize=7)
+        if claim and px == "224":
+            axes.scatter(claim[0], claim[2] / 100, facecolors="none", edgecolors="0.55", s=24)
+    axes.set_xscale("log")
+    axes.set_xlabel("memory of the process, GiB")
+    axes.set_ylabel("speed, × Default")
+    axes.set_title(f"{px} px", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+Rows = list[dict[str, str]]  # of a file in results/
 PACKAGES = ("torch", "triton", "diffusers", "sageattention", "flash-attn")
 
 
@@ -37,6 +38,17 @@ def write_rows(name: str, rows: Iterable[Mapping[str, object]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def read(name: str) -> Rows:
+    """Return the rows of results/name.csv."""
+    with (RESULTS / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def source(rows: Rows) -> str:
+    """Say where a table's figures come from."""
+    return f"*{rows[0]['gpu']}; {rows[0]['versions']}; `{rows[0]['command']}`.*"
 
 
 SECONDS = 0.25  # a measurement takes about that long at most, of 5 repeats at least

@@ -5,27 +5,18 @@ With --check nothing is written, and a table that differs is an error.
 """
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.measure import RESULTS
+from benchmarks import training_tables
+from benchmarks.measure import RESULTS, Rows, read, source
 
 ROOT = Path(__file__).parents[1]
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("triton", "accuracy", "integrations")),
-)
-Rows = list[dict[str, str]]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PEERS = {"sdpa flash": "FlashAttention-2", "sdpa cudnn": "cuDNN", "flex": "FlexAttention"}
 OWN = ("native", "triton")  # our exact kernels
-
-
-def read(name: str) -> Rows:
-    with (RESULTS / f"{name}.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def kept_activations(rows: Rows) -> list[str]:
@@ -169,11 +160,6 @@ def unet_step(rows: Rows) -> list[str]:
     return [*lines, "", f"× is SDPA's time ÷ its own. {source(rows)}"]
 
 
-def source(rows: Rows) -> str:
-    """Say where a table's figures come from."""
-    return f"*{rows[0]['gpu']}; {rows[0]['versions']}; `{rows[0]['command']}`.*"
-
-
 TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "accuracy": accuracy,
     "attention_gains": attention_gains,
@@ -181,10 +167,12 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "kept_activations": kept_activations,
     "unet_step": unet_step,
     "vram_accuracy": vram_accuracy,
+    **training_tables.TABLES,
 }
 
 
-SOURCES = {"attention_gains": "attention_speed"}  # of a table whose results have another name
+# Of tables whose results have another name.
+SOURCES = {"attention_gains": "attention_speed", **training_tables.SOURCES}
 
 
 def fill(text: str) -> str:

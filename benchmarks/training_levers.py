@@ -1,36 +1,28 @@
-"""What each set of levers takes of a GPU, and how fast it trains: the guide's tables, measured.
+"""Sets of training levers: what a step of LDM4TS with one of them takes of a GPU, and how long.
 
-    python -m benchmarks.training_levers --measure  # on a GPU, in minutes: the file in results/
-    python -m benchmarks.training_levers            # anywhere: the estimates beside its figures
-
-A step is that of `ldm4ts train` (forward, backward, clipping, AdamW) on random windows, with the
-latents encoded before but in the guide's own rows. ms: the mean of the steps after the tenth, the
-GPU idle at both ends; peak: of `torch.cuda.max_memory_allocated` since before the first step.
+A step is that of `ldm4ts train` (forward, backward, clipping, AdamW) on random windows of preset
+`guide`. The guide's own sets run as the guide has them, launch by launch in fp32, each step
+encoding its windows; ours are CUDA graphs over latents that were encoded before.
 """
 
-import argparse
-import csv
 import gc
+import statistics
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ldm4ts_kernels.graphs import CudaGraphs, GraphedCall
 from ldm4ts_kernels.model import LDM4TSModel
-from ldm4ts_kernels.model.config import resolve_config
-from ldm4ts_kernels.model_memory import Step, memory_law
-from ldm4ts_kernels.optimizers import build_optimizer, set_learning_rate, step_in_backward
+from ldm4ts_kernels.model.placement import kept_on_host
+from ldm4ts_kernels.optimizers import build_optimizer, step_in_backward
 from ldm4ts_kernels.process import accelerator_of_one_run
 from ldm4ts_kernels.training_step import StageLoss, TrainingStep
-from ldm4ts_kernels.vram import WORKSPACES
 
-RESULTS = Path(__file__).parent / "results" / "training_levers.csv"
-COMMAND = "python -m benchmarks.training_levers --measure"
-UNTIMED, STEPS = 10, 40
+UNTIMED, TIMED = 5, 12  # steps; the first three run as they are, the fourth is captured
 
 
 @dataclass(frozen=True)
@@ -45,62 +37,80 @@ class Levers:
     weights: str = "fp32"
     in_backward: bool = False
     accumulate: int = 1
-    graph: bool = True
+    graph: bool = True  # and cached latents
+    compiled: bool = False
 
 
-# The guide's rows are without graph and cached latents; the last two are our fastest and leanest.
 GUIDE = (
     Levers("Default", "default", "fp32", graph=False),
     Levers("Default + GC", "default", "fp32", "full", graph=False),
-    Levers("Flash", "flash", "fp32", graph=False),
-    Levers("Flash + GC", "flash", "fp32", "full", graph=False),
+    Levers("SageAttention", "sage", "bf16", graph=False),  # INT8 kernels take 16 bits
+    Levers("SageAttention + GC", "sage", "bf16", "full", graph=False),
+    Levers("FlashAttention", "flash", "fp32", graph=False),
+    Levers("FlashAttention + GC", "flash", "fp32", "full", graph=False),
 )
+LEAN = Levers("leanest", "flash", "bf16", "full", "adamw8bit", "bf16")
 OURS = (
     Levers("graph, fp32", precision="fp32"),
     Levers("graph, bf16"),
-    Levers("graph, bf16, selective", checkpointing="selective"),
-    Levers("graph, bf16, GC", checkpointing="full"),
-    Levers("+ in backward", checkpointing="full", in_backward=True),
+    Levers("graph, bf16 + GC", checkpointing="full"),
+    replace(LEAN, name="+ 8-bit AdamW", weights="fp32"),
+    replace(LEAN, name="+ bf16 weights"),
+    replace(LEAN, in_backward=True),
 )
-LEAN = (
-    Levers("+ 8-bit AdamW", checkpointing="full", optimizer="adamw8bit"),
-    Levers("+ bf16 weights", checkpointing="full", optimizer="adamw8bit", weights="bf16"),
-    Levers("leanest", "flash", "bf16", "full", "adamw8bit", "bf16", in_backward=True),
+# A minute or more of compilation each.
+COMPILED = (
+    Levers("compiled, bf16", compiled=True),
+    Levers("compiled, bf16, budget 0.3", checkpointing="budget:0.3"),
 )
-SETS = {"guide": GUIDE, "ours": OURS, "lean": LEAN}
-SHAPES = ((224, 4), (512, 4), (224, 16), (224, 2))  # (px, batch size)
 
 
-def measure(levers: Levers, px: int, batch_size: int) -> dict[str, Any]:
-    """Take STEPS training steps on the GPU and return what they took."""
-    gc.collect()
-    torch.cuda.empty_cache()
+@contextmanager
+def prepared(levers: Levers, px: int, batch_size: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Give the step on a GPU, a call from a batch to its losses, and a batch in pinned memory."""
     torch.manual_seed(0)
     with accelerator_of_one_run("cuda", levers.precision) as accelerator:
-        model = LDM4TSModel(
-            image_size=(px, px),
-            attention_backend=levers.attention,
-            enable_gradient_checkpointing=levers.checkpointing,
-        )
+        with torch.device("cuda"):
+            model = LDM4TSModel(
+                image_size=(px, px),
+                attention_backend=levers.attention,
+                enable_gradient_checkpointing=levers.checkpointing,
+            )
+        model.configure(levers.attention, levers.checkpointing, levers.compiled)
         batch = _batch(model, batch_size, encoded=levers.graph)
-        step = _step(model, levers, accelerator.prepare(StageLoss(model, "forecaster")).train())
+        loss = accelerator.prepare_model(StageLoss(model, "forecaster"), evaluation_mode=True)
         graphs = CudaGraphs(model.device) if levers.graph else None
-        call = GraphedCall(levers.name, step, model.device, graphs)
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        with model.encoders_off_the_gpu() if levers.graph else nullcontext():
-            milliseconds, losses = _time(call, step, batch)
-        peak = torch.cuda.max_memory_allocated() / 2**20
+        call = GraphedCall(levers.name, _step(model, levers, loss.train()), model.device, graphs)
+        with kept_on_host(model, "forecaster") if levers.graph else nullcontext():
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            yield call, batch
+        call.forget()
+
+
+def measure(call: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Take steps and return their median milliseconds, host and device, and the peak memory.
+
+    allocated: the peak of tensors and workspaces; in_all: what the caching allocator reserved for
+    them and what the driver counts for the process beyond it.
+    """
+    times, losses = [], []
+    for _ in range(UNTIMED + TIMED):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        loss = call(batch)["loss"]
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - began))
+        losses.append(loss.item())
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
     return {
-        **asdict(levers),
-        "px": px,
-        "batch_size": batch_size,
         "captured": call.replay is not None,
-        "ms": round(milliseconds, 2),
-        "peak_mib": round(peak, 1),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "ms": round(statistics.median(times[UNTIMED:]), 2),
+        "allocated_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1),
+        "in_all_mib": round((torch.cuda.max_memory_reserved() + context) / 2**20, 1),
+        "last_loss": round(losses[-1], 5),
     }
 
 
@@ -127,73 +137,3 @@ def _step(model: LDM4TSModel, levers: Levers, loss: torch.nn.Module) -> Training
     return TrainingStep(
         loss, model, parameters, optimizer, levers.accumulate, clip, levers.in_backward
     )
-
-
-def _time(
-    call: GraphedCall, step: TrainingStep, batch: dict[str, torch.Tensor]
-) -> tuple[float, list[float]]:
-    """Return the milliseconds of a step, and the losses of all."""
-    losses, began = [], time.perf_counter()
-    for index in range(STEPS):
-        if index == UNTIMED:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-        set_learning_rate(step.optimizer, 1e-4 * min(1.0, (index + 1) / UNTIMED))
-        losses.append(call(batch)["loss"].clone())
-    torch.cuda.synchronize()
-    milliseconds = 1e3 * (time.perf_counter() - began) / (STEPS - UNTIMED)
-    return milliseconds, torch.stack(losses).tolist()
-
-
-def compare() -> None:
-    """Print each row of the file with its estimate: of tensors and workspaces, as the peak."""
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
-    print("px batch_size name ms peak_mib estimate_mib error_%")
-    for row in rows:
-        px, batch_size, parts = int(row["px"]), int(row["batch_size"]), int(row["accumulate"])
-        step = Step(
-            config=resolve_config("guide", image_size=(px, px)),
-            part="forecaster",
-            materialised=row["attention"] == "default",
-            gradient_checkpointing=row["checkpointing"],
-            precision=row["precision"],
-            weights=row["weights"],
-            optimizer=row["optimizer"],
-            optimizer_in_backward=row["in_backward"] == "True",
-            accumulating=parts > 1,
-        )
-        estimate = (memory_law(step).peak(batch_size // parts).total + WORKSPACES) / 2**20
-        peak = float(row["peak_mib"])
-        error = f"{100 * (estimate / peak - 1):+.2f}"
-        print(px, batch_size, row["name"], row["ms"], peak, f"{estimate:.1f}", error, flush=True)
-
-
-def measure_all(names: list[str], sides: list[int], add: bool) -> None:
-    """Measure sets of levers and write, or add to, the file, a row at a time."""
-    rows = list(csv.DictReader(RESULTS.open())) if add and RESULTS.exists() else []
-    where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": COMMAND}
-    for px, batch_size in SHAPES:
-        for levers in (row for name in names for row in SETS[name] if px in sides):
-            found = measure(levers, px, batch_size)
-            print(*found.values(), flush=True)
-            rows.append({**where, **found})
-            with RESULTS.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-
-
-def main() -> None:
-    """Measure, or compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", action="store_true", help="on this machine's GPU")
-    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
-    parser.add_argument("--px", type=int, nargs="*", default=[224, 512])
-    parser.add_argument("--add", action="store_true", help="to the file's rows")
-    options = parser.parse_args()
-    measure_all(options.sets, options.px, options.add) if options.measure else compare()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,85 +1,114 @@
 """The estimate of a training step's memory beside what a GPU takes for it.
 
     python -m benchmarks.vram_accuracy --measure   # on a GPU, in minutes: results/vram_accuracy.csv
-    python -m benchmarks.vram_accuracy             # anywhere: estimates beside the file's figures
+    python -m benchmarks.vram_accuracy             # anywhere: the estimates, into the same file
 
-Measured after three steps, by the caching allocator: `allocated` is the peak of what tensors and
-libraries' workspaces take, `reserved` of what the process holds for them, and `context` what the
-driver counts for the process beyond that.
+Measured after three steps, launch by launch, in processes side by side: `allocated` is the peak of
+what tensors and libraries' workspaces take, `reserved` of what the process holds for them, and
+`context` what the driver counts for a process beyond that, measured with one alone.
 """
 
 import argparse
 import csv
 import gc
 import itertools
-from pathlib import Path
+import multiprocessing
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from ldm4ts_kernels.model import LDM4TSModel
-from ldm4ts_kernels.model.config import resolve_config
-from ldm4ts_kernels.model_memory import Step, memory_law
-from ldm4ts_kernels.vram import WORKSPACES
+from benchmarks.measure import RESULTS, write_rows
 
-RESULTS = Path(__file__).parent / "results" / "vram_accuracy.csv"
-SHAPES = {
-    "forecaster": ((128, 8), (224, 1), (224, 4), (224, 16), (512, 4)),  # (px, batch size)
-    "unet": ((224, 4), (224, 16), (512, 4)),
-    "autoencoder": ((224, 4), (224, 16)),
-}
-OPTIONS = tuple(itertools.product(("default", "flash"), (False, True), ("fp32", "bf16")))
+NAME = "vram_accuracy"
+AT_ONCE = 10  # processes
 
 
-def measure(
-    part: str, px: int, batch_size: int, backend: str, checkpointing: bool, precision: str
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Case:
+    """One configuration: the fields of `model_memory.Step` but for the batch."""
+
+    part: str
+    px: int
+    batch_size: int
+    backend: str = "flash"
+    gradient_checkpointing: str = "none"
+    precision: str = "bf16"
+    optimizer: str = "adamw"
+    weights: str = "fp32"
+    in_backward: bool = False
+
+
+LEVERS: tuple[dict[str, Any], ...] = (
+    {"backend": "default", "precision": "fp32"},
+    {"backend": "default", "precision": "fp32", "gradient_checkpointing": "full"},
+    {"backend": "default"},
+    {"precision": "fp32"},
+    {"precision": "fp32", "gradient_checkpointing": "full"},
+    {"precision": "fp32", "gradient_checkpointing": "selective"},
+    {},
+    {"gradient_checkpointing": "full"},
+    {"gradient_checkpointing": "selective"},
+    {"backend": "sage"},
+    {"backend": "sage", "gradient_checkpointing": "full"},
+    {"gradient_checkpointing": "full", "optimizer": "adamw8bit"},
+    {"gradient_checkpointing": "full", "optimizer": "adamw8bit", "weights": "bf16"},
+    {
+        "gradient_checkpointing": "full",
+        "optimizer": "adamw8bit",
+        "weights": "bf16",
+        "in_backward": True,
+    },
+)
+SHAPES = ((512, 4), (224, 16), (224, 4), (224, 1), (128, 8))  # (px, batch size)
+AUTOENCODER = tuple(
+    {"gradient_checkpointing": mode, "precision": precision}
+    for mode, precision in itertools.product(("none", "full"), ("fp32", "bf16"))
+)
+CASES = [
+    *(Case("forecaster", *shape, **levers) for shape in SHAPES for levers in LEVERS),
+    *(Case("autoencoder", *shape, **levers) for shape in SHAPES[:3] for levers in AUTOENCODER),
+]
+
+
+def measure(case: Case) -> dict[str, Any]:
     """Take three training steps on the GPU and return what they took, in MiB."""
+    from ldm4ts_kernels.model import LDM4TSModel
+    from ldm4ts_kernels.model.recompute import autoencoder_parts
+    from ldm4ts_kernels.training_step import StageLoss, TrainingStep
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    size = (case.px, case.px)
     with torch.device("cuda"):
         model = LDM4TSModel(
-            image_size=(px, px),
-            attention_backend=backend,
-            enable_gradient_checkpointing=checkpointing,
+            image_size=size,
+            attention_backend=case.backend,
+            enable_gradient_checkpointing=case.gradient_checkpointing,
         )
         config = model.config
-        history = torch.randn(batch_size, config.history, config.variates).cumsum(1)
-        future = torch.randn(batch_size, len(config.horizons), len(config.targets))
-        latents = torch.randn(batch_size, *model.latent_shape)
-        timesteps = torch.zeros(batch_size, dtype=torch.int64)
-        tokens = torch.randn(batch_size, 2 * config.variates, config.cross_attention_dim)
-    module, trained = model, model.autoencoder_parameters()
-    if part != "autoencoder":
+        history = torch.randn(case.batch_size, config.history, config.variates).cumsum(1)
+        future = torch.randn(case.batch_size, len(config.horizons), len(config.targets))
+    parts = 1
+    if case.part == "autoencoder":
+        model.unet.to("cpu")
+        parts = autoencoder_parts(case.batch_size, size, case.gradient_checkpointing)
+    else:
         model.freeze_autoencoder(history[:1])
-        trained = model.trainable_parameters()
-    if part == "unet":
-        module, trained = model.unet, list(model.unet.parameters())
-    module.train()
-
-    def loss() -> torch.Tensor:
-        if part == "autoencoder":
-            return model.autoencoder_loss(history)
-        if part == "forecaster":
-            return model.loss({"history": history, "future": future})["loss"]
-        predicted = module(latents, timesteps, tokens, return_dict=False)[0]
-        return F.mse_loss(predicted.float(), torch.zeros_like(latents))
-
-    if part == "unet":
-        del model
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    loss = StageLoss(model, case.part).train()
+    step = TrainingStep(
+        loss, model, *_optimizer(case, model), parts, 1.0 - case.in_backward, case.in_backward
+    )
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         # As training does: a cached cast of a weight outlives the block that needs it.
-        with torch.autocast(
-            "cuda", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
-        ):
-            value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        enabled = case.precision == "bf16"
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled, cache_enabled=False):
+            step({"history": history, "future": future})
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return {
@@ -89,68 +118,97 @@ def measure(
     }
 
 
-def measure_all(parts: list[str]) -> None:
-    """Measure every configuration of the parts, and write the file with the others as they were."""
-    rows: list[dict[str, Any]] = []
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            rows = [row for row in csv.DictReader(file) if row["part"] not in parts]
-    for part in parts:
-        for (px, batch_size), (backend, checkpointing, precision) in itertools.product(
-            SHAPES[part], OPTIONS
-        ):
-            row = {
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "part": part,
-                "px": px,
-                "batch_size": batch_size,
-                "backend": backend,
-                "gradient_checkpointing": checkpointing,
-                "precision": precision,
-            }
-            row |= measure(part, px, batch_size, backend, checkpointing, precision)
-            print(*row.values(), flush=True)
-            rows.append(row)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
+def _optimizer(case: Case, model: Any) -> tuple[list[Any], torch.optim.Optimizer]:
+    from ldm4ts_kernels.optimizers import build_optimizer, step_in_backward
+
+    if case.part == "autoencoder":
+        parameters = model.autoencoder_parameters()
+    else:
+        parameters = model.trainable_parameters()
+    if case.weights == "bf16":
+        for parameter in parameters:
+            parameter.data = parameter.data.bfloat16()
+    optimizer = build_optimizer(parameters, 1e-4, 1e-2, case.optimizer, case.in_backward)
+    if case.in_backward:
+        step_in_backward(optimizer)
+    return parameters, optimizer
+
+
+def estimate(case: Case) -> dict[str, float]:
+    """Return the estimate of the same step: allocated, and in all with reserve and context."""
+    from ldm4ts_kernels.model.config import resolve_config
+    from ldm4ts_kernels.model.recompute import autoencoder_parts
+    from ldm4ts_kernels.model_memory import Step, memory_law
+    from ldm4ts_kernels.vram import CUDA_CONTEXT, RESERVE, WORKSPACES
+
+    size, parts = (case.px, case.px), 1
+    if case.part == "autoencoder":
+        parts = autoencoder_parts(case.batch_size, size, case.gradient_checkpointing)
+    step = Step(
+        config=resolve_config("guide", image_size=size),
+        part=case.part,
+        materialised=case.backend == "default",
+        gradient_checkpointing=case.gradient_checkpointing,
+        precision=case.precision,
+        weights=case.weights,
+        optimizer=case.optimizer,
+        optimizer_in_backward=case.in_backward,
+        accumulating=parts > 1,
+    )
+    allocated = memory_law(step).peak(case.batch_size // parts).total + WORKSPACES
+    in_all = allocated * (1 + RESERVE) + CUDA_CONTEXT
+    return {"estimate_mib": round(allocated / 2**20, 1), "in_all_mib": round(in_all / 2**20, 1)}
+
+
+def measure_all(cases: Iterable[Case]) -> None:
+    """Measure every case and write the file."""
+    spawn = multiprocessing.get_context("spawn")
+    cases, rows = list(cases), []
+    with ProcessPoolExecutor(1, mp_context=spawn) as alone:
+        context = alone.submit(measure, Case("forecaster", 224, 4)).result()["context_mib"]
+    with ProcessPoolExecutor(AT_ONCE, mp_context=spawn) as pool:
+        going = {pool.submit(measure, case): case for case in cases}
+        for done in as_completed(going):
+            case = going[done]
+            if error := done.exception():
+                print(case, repr(error), flush=True)
+                continue
+            rows.append({**asdict(case), **done.result(), "context_mib": context})
+            print(*rows[-1].values(), flush=True)
+    rows.sort(key=lambda row: cases.index(Case(**{name: row[name] for name in asdict(cases[0])})))
+    write_rows(NAME, rows)
+
+
+def compare() -> None:
+    """Write each configuration's estimate beside what was measured, and print the errors."""
+    with (RESULTS / f"{NAME}.csv").open() as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        kinds = {"px": int, "batch_size": int, "in_backward": "True".__eq__}
+        case = Case(**{name: kinds.get(name, str)(row[name]) for name in Case.__annotations__})
+        row |= estimate(case)
+        print(*(row[name] for name in (*Case.__annotations__, "allocated_mib", "estimate_mib")),
+              *(f"{error:+.2f} %" for error in errors(row)), flush=True)  # fmt: skip
+    with (RESULTS / f"{NAME}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
 
-def compare() -> None:
-    """Print each configuration's estimate beside what was measured."""
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
-    errors = []
-    print("part px batch_size backend gradient_checkpointing precision measured_mib estimate_mib %")
-    for row in rows:
-        px, batch_size = int(row["px"]), int(row["batch_size"])
-        step = Step(
-            config=resolve_config("guide", image_size=(px, px)),
-            part=row["part"],
-            materialised=row["backend"] == "default",
-            gradient_checkpointing=row["gradient_checkpointing"] == "True",
-            precision=row["precision"],
-        )
-        estimate = (memory_law(step).peak(batch_size).total + WORKSPACES) / 2**20
-        measured = float(row["allocated_mib"])
-        errors.append(100 * (estimate / measured - 1))
-        named = list(row.values())[2:-3]
-        print(*named, measured, f"{estimate:.1f} {errors[-1]:+.2f}", flush=True)
-    sizes = sorted(map(abs, errors))
-    print(f"{len(rows)} configurations: error {sum(sizes) / len(rows):.2f} % in the mean, "
-          f"{sizes[-1]:.2f} % at most, {sum(size <= 3 for size in sizes)} within 3 %")  # fmt: skip
+def errors(row: dict[str, Any]) -> tuple[float, float]:
+    """Return by how many percent the estimates are off: allocated, and in all."""
+    in_all = float(row["reserved_mib"]) + float(row["context_mib"])
+    return (
+        100 * (float(row["estimate_mib"]) / float(row["allocated_mib"]) - 1),
+        100 * (float(row["in_all_mib"]) / in_all - 1),
+    )
 
 
 def main() -> None:
     """Measure, or compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="on this machine's GPU")
-    parser.add_argument("--parts", nargs="*", choices=SHAPES, default=list(SHAPES))
-    options = parser.parse_args()
-    measure_all(options.parts) if options.measure else compare()
+    measure_all(CASES) if parser.parse_args().measure else compare()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ldm4ts_kernels.vram import GIB, LARGEST_BATCH, Lever, largest_batch, run_with
+from ldm4ts_kernels.vram import GIB, GRAPH_RESERVE, LARGEST_BATCH, Lever, largest_batch, run_with
 
-# Of a budget: what the pool of a CUDA graph holds beyond the tensors, 10 to 14 % of them on an H200
-# (torch 2.11, 2026-11-23), of which the estimate has 5 already.
-GRAPH_RESERVE = 0.09
 MANY_PARTS = 4  # beyond it, a leaner set of levers is taken before a batch is split further
 
 

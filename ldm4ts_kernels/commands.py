@@ -75,6 +75,7 @@ def train_command(
     attention_backend: flags.Attention = None,
     gradient_checkpointing: flags.Checkpointing = None,
     checkpointing: flags.CheckpointingMode = None,
+    compile: flags.Compile = None,
     model_field: flags.ModelFields = None,
     config_file: flags.RunFile = None,
     output: flags.Output = None,

@@ -26,7 +26,8 @@ def next_rung(config: TrainConfig, windows: int) -> tuple[TrainConfig, str] | No
     if parts is not None:
         return replace(config, accumulate=parts), f"{parts} smaller passes a step"
     if not config.offload_activations:
-        return replace(config, offload_activations=True), "transfers, and the CUDA graph"
+        changed = replace(config, offload_activations=True, compile=False)
+        return changed, "transfers, and the CUDA graph"
     return None
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm4ts_kernels.checkpointing import attention_checkpoint_contexts
 from ldm4ts_kernels.memory_trace import MemoryLaw, Timeline, fit_law, trace_step
 from ldm4ts_kernels.model import LDM4TSConfig, LDM4TSModel
-from ldm4ts_kernels.model.forecaster import DECODED_AT_ONCE
+from ldm4ts_kernels.model.recompute import layer_by_layer
 
 # Fakes cost the same at any size; the further apart, the less the 512-byte rounding weighs.
 TRACED_BATCHES = (2, 32)
@@ -101,7 +101,8 @@ def _build(step: Step) -> LDM4TSModel:
             module.set_attn_processor(AttnProcessor2_0())
         if step.gradient_checkpointing not in (False, "none"):
             selective = step.gradient_checkpointing == "selective"
-            module.enable_gradient_checkpointing(partial(_checkpoint, selective=selective))
+            one = partial(_checkpoint, selective=selective)
+            module.enable_gradient_checkpointing(partial(layer_by_layer, one))
     model.recomputing = step.gradient_checkpointing in (True, "full")
     model._see_in_parts = partial(_see_one_part, model)  # type: ignore[method-assign]
     return model
@@ -112,7 +113,7 @@ def _see_one_part(
     latents: Tensor,  # (B, Z, h, w)
 ) -> Tensor:  # (B, C, width)
     """Decode one of the parts that are decoded one after the other: a law needs a fixed number."""
-    seen = _checkpoint(model._see, latents[:DECODED_AT_ONCE])
+    seen = _checkpoint(model._see, latents[: model.images_at_once(True)])
     return seen.mean(dim=0).expand(len(latents), -1, -1)
 
 
@@ -134,6 +135,7 @@ _Part = tuple[nn.Module, Sequence[nn.Parameter], Sequence[Tensor], Callable[[], 
 
 
 def _autoencoder(model: LDM4TSModel, batch_size: int) -> _Part:
+    model.unet = None  # it is on the host in this stage
     batch = _batch(model.config, batch_size)
 
     def loss() -> Tensor:

@@ -8,6 +8,7 @@ model/       the trained model                test_metrics.json
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -59,10 +60,11 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "precision": ("fp32", "bf16"),
     "attention_backend": ("default", "flash", "sage", "auto"),
-    "checkpointing": ("none", "full", "selective"),
     "optimizer": OPTIMIZERS,
     "weights": ("fp32", "bf16"),
 }
+CHECKPOINTING = ("none", "full", "selective")
+BUDGET = re.compile(r"budget:(0(\.\d*)?|1(\.0*)?|\.\d+)")
 AT_LEAST = {
     "steps": 1,
     "batch_size": 1,
@@ -96,7 +98,9 @@ class TrainConfig:
     preset: str = "paper"
     model_fields: dict[str, Any] = field(default_factory=dict)  # of LDM4TSConfig, over the preset
     attention_backend: str = "flash"
-    checkpointing: str = "none"  # what the backward pass recomputes: "none", "full", "selective"
+    # What the backward pass recomputes: "none", "full", "selective", or "budget:x", which compiles.
+    checkpointing: str = "none"
+    compile: bool = False  # the U-Net and the decoder in a training step, by torch.compile
     # The optimisation
     device: str = "cpu"
     precision: str = "fp32"  # of the autocast; losses are fp32
@@ -145,8 +149,26 @@ class TrainConfig:
             if wrong:
                 raise OptionError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile has a part in a step."""
+        return self.compile or BUDGET.fullmatch(f"{self.checkpointing}") is not None
+
     def _contradictions(self) -> Iterator[tuple[str, bool, str]]:
         """Yield the options that another one excludes: name, whether it does, what to choose."""
+        yield (
+            "checkpointing",
+            self.checkpointing not in CHECKPOINTING
+            and not BUDGET.fullmatch(f"{self.checkpointing}"),
+            f"one of {', '.join(CHECKPOINTING)}, or budget:x with x from 0 to 1",
+        )
+        name = "compile" if self.compile else "checkpointing"
+        yield name, self.compiles and self.device != "cuda", "no torch.compile without a GPU"
+        yield (
+            name,
+            self.compiles and self.offload_activations,
+            "no torch.compile with offload_activations, whose hooks it does not see",
+        )
         yield "ema_decay", not 0 <= self.ema_decay < 1, "a number from 0 to less than 1"
         yield (
             "accumulate",

@@ -45,7 +45,12 @@ Checkpointing = Annotated[
     ),
 ]
 CheckpointingMode = Annotated[
-    str | None, _option("--checkpointing", "none, full, selective: the same, by mode.", "Model")
+    str | None,
+    _option("--checkpointing", "none, full, selective, budget:0.5: the same, by mode.", "Model"),
+]
+Compile = Annotated[
+    bool | None,
+    _option("--compile/--no-compile", "Compile the step by torch.compile (default: off).", "Model"),
 ]
 
 ModelFields = Annotated[

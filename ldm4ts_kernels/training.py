@@ -41,6 +41,9 @@ from ldm4ts_kernels.evaluation import Evaluation, evaluate
 from ldm4ts_kernels.graphs import CudaGraphs, GraphedCall
 from ldm4ts_kernels.ladder import LadderedStep
 from ldm4ts_kernels.model import LDM4TSModel
+from ldm4ts_kernels.model.compiled import missing_compiler
+from ldm4ts_kernels.model.placement import kept_on_host
+from ldm4ts_kernels.model.recompute import autoencoder_parts
 from ldm4ts_kernels.optimizers import (
     build_optimizer,
     learning_rate_at,
@@ -134,6 +137,8 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
     started = time.perf_counter()
     if config.optimizer == "adamw8bit" and (reason := missing_8bit()):
         raise OptionError(f"optimizer: {reason}")
+    if config.compiles and (reason := missing_compiler()):
+        raise OptionError(f"compile: {reason}")
     splits = load_splits(config.data)
     with (
         stop_requests() as stop,
@@ -144,6 +149,7 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
         set_seed(config.seed)
         run = open_run(config, splits.scaler)
         model = _build_model(config, splits.series, run)
+        model.configure(config.attention_backend, config.checkpointing, config.compile)
         peers = Peers.of(accelerator)
         peers.check(config.batch_size, config.accumulate, config.optimizer_in_backward)
         accelerator.wait_for_everyone()  # all have read the directory before one writes there
@@ -229,7 +235,7 @@ def _run_stage(job: _Job, stage: str) -> WeightAverage:
     take_step = LadderedStep(config, build, partial(_change_levers, job), alone)
     log = StepLog(job.run, config.device, stage, steps, partial(served_by, model), job.peers.first)
     encoded = isinstance(windows, EncodedWindows)
-    with model.encoders_off_the_gpu() if encoded else nullcontext():
+    with kept_on_host(model, stage) if first_stage or encoded else nullcontext():
         for step, batch in enumerate(_load(windows, batches, config.device), start + 1):
             rate = learning_rate_at(step, steps, peak, config.warmup_steps)
             set_learning_rate(optimizer, rate)
@@ -278,12 +284,17 @@ def _build_step(
     config: TrainConfig,
 ) -> GraphedCall:
     """Return the training step of the configuration, and let sampling share its graphs' memory."""
+    parts = config.accumulate
+    if stage == STAGES[0]:
+        windows = min(config.batch_size, len(job.splits.train)) // job.peers.count
+        shape = job.model.config.image_size
+        parts = math.lcm(parts, autoencoder_parts(windows, shape, config.checkpointing))
     step = TrainingStep(
         loss,
         job.model,
         parameters,
         optimizer,
-        accumulate=config.accumulate,
+        accumulate=parts,
         clip=config.gradient_clip,
         in_backward=stage != STAGES[0] and config.optimizer_in_backward,
         offload=config.offload_activations,
@@ -300,7 +311,7 @@ def _build_step(
 def _change_levers(job: _Job, config: TrainConfig) -> None:
     """Use other levers from now on, and when the run is resumed."""
     job.model.graphed_denoiser = None  # its memory is that of the step's graph
-    job.model.configure(config.attention_backend, config.checkpointing)
+    job.model.configure(config.attention_backend, config.checkpointing, config.compile)
     job.run.write_config(config)
 
 

@@ -24,6 +24,9 @@ WORKSPACES = 103 * MIB  # allocated beyond the traced tensors: cuBLAS' workspace
 # Of the above, reserved by the caching allocator and not used. It is more than the largest error of
 # an estimate (4.6 %), so that what is recommended fits even then.
 RESERVE = 0.05
+# Of a budget, what is left free: what the pool of a CUDA graph holds beyond the tensors, 10 to 14 %
+# of them on the same machine, of which RESERVE is a part.
+GRAPH_RESERVE = 0.09
 CUDA_CONTEXT = 815 * MIB  # outside the allocator: the driver's context and the loaded kernels
 
 
@@ -111,13 +114,21 @@ class _Run(NamedTuple):
 
     def stages(self, batch_size: int) -> dict[str, Any]:
         """Return the Peak of each stage's step."""
+        from ldm4ts_kernels.model.recompute import autoencoder_parts
         from ldm4ts_kernels.model_memory import Step, memory_law
 
         names = PARTS[self.part]
         if self.config.autoencoder is not None:  # a pretrained one is not trained first
             names = tuple(name for name in names if name != "autoencoder")
-        rest = self[2:]
-        return {name: memory_law(Step(self.config, name, *rest)).peak(batch_size) for name in names}
+        rest, peaks = self[2:-1], {}
+        for name in names:
+            parts = 1
+            if name == "autoencoder":
+                size, mode = self.config.image_size, self.gradient_checkpointing
+                parts = autoencoder_parts(batch_size, size, mode)
+            law = memory_law(Step(self.config, name, *rest, self.accumulating or parts > 1))
+            peaks[name] = law.peak(batch_size // parts)
+        return peaks
 
     def table(self, batch_size: int) -> dict[str, int]:
         """Return the bytes at the peak of the stage that takes most, by category."""
@@ -243,15 +254,15 @@ def recommend(
     offered = LEAN_LEVERS if lean else LEVERS
     levers = [lever for lever in offered if precision in (None, lever.precision)]
     considered = []
-    for option in _options(config, levers, vram_gb):
+    for option in _options(config, levers, vram_gb * (1 - GRAPH_RESERVE)):
         considered.append(option)
         if option.largest_batch >= batch_size:
             break
     chosen = considered[-1]
     if not chosen.largest_batch:
         raise ValueError(
-            f"vram_gb must be at least {chosen.one_window_gb:.2f} for one window of "
-            f"{config.image_size} a step with every lever, got {vram_gb}"
+            f"vram_gb must be at least {chosen.one_window_gb / (1 - GRAPH_RESERVE):.2f} for one "
+            f"window of {config.image_size} a step with every lever, got {vram_gb}"
         )
     lever = levers[len(considered) - 1]
     total = sum(run_with(lever, config).table(chosen.largest_batch).values()) / GIB

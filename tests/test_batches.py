@@ -4,6 +4,7 @@ import torch
 from tiny_model import batch_of, ready, seeded, windows, write_bert
 
 from ldm4ts_kernels.batches import ENCODED_AT_ONCE, EncodedWindows
+from ldm4ts_kernels.model.placement import kept_on_host
 
 
 class Counting(list):
@@ -52,6 +53,6 @@ def test_a_text_encoder_reads_a_window_once(tmp_path):
 def test_the_encoders_come_back_and_forecasts_do_not_need_them():
     model = ready()
     device = next(model.autoencoder.kl.encoder.parameters()).device
-    with model.encoders_off_the_gpu():
+    with kept_on_host(model, "forecaster"):
         assert model.sample(windows(1), 1, 1).isfinite().all()
     assert next(model.autoencoder.kl.encoder.parameters()).device == device

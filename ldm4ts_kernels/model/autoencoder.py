@@ -4,6 +4,7 @@ Stage 1 trains the small one on the encodings alone; `freeze` ends it, and from 
 unit variance, which is what the noise schedules assume.
 """
 
+import copy
 from typing import Any, Self
 
 import torch
@@ -65,6 +66,7 @@ class ImageAutoencoder(nn.Module):
         # host, where reading costs no synchronisation.
         self.register_buffer("trained", torch.tensor(pretrained))
         self.needs_training = not pretrained
+        self.rounded: tuple[Any, ...] = ()  # a copy of the decoder in 16 bits, out of checkpoints
         self.kl.requires_grad_(self.needs_training)
         self.register_load_state_dict_post_hook(_follow_loaded_state)
 
@@ -77,6 +79,16 @@ class ImageAutoencoder(nn.Module):
         """Pixels per latent, along a side."""
         return 2 ** (len(self.kl.config.block_out_channels) - 1)
 
+    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
+        """Return (Z, h, w) of an image's latents. Raises ValueError where it cannot be divided."""
+        height, width = image_size
+        if height % self.reduction or width % self.reduction:
+            raise ValueError(
+                f"image_size must be a multiple of the autoencoder's reduction {self.reduction}, "
+                f"got {image_size}"
+            )
+        return self.latent_channels, height // self.reduction, width // self.reduction
+
     def encode(
         self,
         images: Tensor,  # (B, 3, height, width) in [0, 1]
@@ -88,9 +100,29 @@ class ImageAutoencoder(nn.Module):
         self,
         latents: Tensor,  # (B, Z, h, w), scaled
     ) -> Tensor:
-        """Return images (B, 3, height, width), about [0, 1]; the gradient reaches the latents."""
-        images = self.kl.decode(latents / self.scale + self.shift, return_dict=False)[0]
+        """Return images (B, 3, height, width), about [0, 1]; the gradient reaches the latents.
+
+        Under autocast a frozen decoder computes in its dtype from end to end, norms included, whose
+        float32 images would else be most of a step's memory, and their casts much of its time.
+        """
+        latents, kind = latents / self.scale + self.shift, latents.device.type
+        if self.needs_training or not torch.is_autocast_enabled(kind):
+            images = self.kl.decode(latents, return_dict=False)[0]
+        else:
+            dtype = torch.get_autocast_dtype(kind)
+            with torch.autocast(kind, enabled=False):
+                decoder = self._rounded_decoder(latents.device, dtype)
+                images = decoder.decode(latents.to(dtype), return_dict=False)[0]
         return (images + 1) / 2
+
+    def _rounded_decoder(self, device: torch.device, dtype: torch.dtype) -> Any:
+        if not self.rounded or (self.rounded[0].device, self.rounded[0].dtype) != (device, dtype):
+            shared: dict[int, Any] = {id(self.kl.encoder): None}  # left out of the copy
+            for module in self.kl.modules():  # the report of who serves a layer reads the original
+                if (processor := getattr(module, "processor", None)) is not None:
+                    shared[id(processor)] = processor
+            self.rounded = (copy.deepcopy(self.kl, shared).to(device, dtype),)
+        return self.rounded[0]
 
     def reconstruction_loss(
         self,
@@ -138,5 +170,6 @@ class ImageAutoencoder(nn.Module):
 def _follow_loaded_state(module: ImageAutoencoder, _incompatible_keys: Any = None) -> None:
     """Train or freeze the autoencoder as its `trained` buffer says."""
     module.needs_training = not module.trained.item()
+    module.rounded = ()
     module.kl.requires_grad_(module.needs_training)
     module.train(module.training)

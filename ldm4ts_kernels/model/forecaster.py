@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ldm4ts_kernels.diffusers_integration import patch_unet_attention
 from ldm4ts_kernels.graphs import Recorder
 from ldm4ts_kernels.model.autoencoder import ImageAutoencoder
+from ldm4ts_kernels.model.compiled import TrainingPasses, activation_budget
 from ldm4ts_kernels.model.conditioning import Conditioner, TextConditioner
 from ldm4ts_kernels.model.config import resolve_config
 from ldm4ts_kernels.model.denoiser import (
@@ -29,7 +30,14 @@ from ldm4ts_kernels.model.denoiser import (
     build_unet,
 )
 from ldm4ts_kernels.model.pretrained import load_weights, read_config, write_checkpoint
-from ldm4ts_kernels.model.recompute import recompute, recompute_activations
+from ldm4ts_kernels.model.recompute import (
+    DECODED_IN_A_STEP,
+    DECODED_PIXELS,
+    images_within,
+    recompute,
+    recompute_activations,
+)
+from ldm4ts_kernels.model.rounding import call_rounded
 from ldm4ts_kernels.model.summary import summarise_draws
 from ldm4ts_kernels.model.temporal import (
     ForecastHead,
@@ -52,9 +60,6 @@ from ldm4ts_kernels.model.windows import (
 # Training targets are bounded, in standard deviations of their window: a window that was flat and
 # then moves would otherwise outweigh all others together.
 TARGET_LIMIT = 20.0
-# Images in the decoder together, in a forecast and where activations are recomputed: its layers of
-# full resolution would else take more than the whole U-Net.
-DECODED_AT_ONCE = 2
 
 
 class LDM4TSModel(nn.Module):
@@ -92,7 +97,7 @@ class LDM4TSModel(nn.Module):
         self.register_buffer("targets", torch.tensor(config.targets), persistent=False)
 
         self.autoencoder = ImageAutoencoder(config)
-        self.latent_shape = self._latent_shape()
+        self.latent_shape = self.autoencoder.latent_shape(config.image_size)
         self.unet: Any = build_unet(config, self.latent_shape[0], self.latent_shape[1:])
         self.noise_process = NoiseProcess(config)
         name = config.text_encoder
@@ -112,13 +117,22 @@ class LDM4TSModel(nn.Module):
     def device(self) -> torch.device:
         return self.head.project.weight.device
 
-    def configure(self, attention_backend: str, gradient_checkpointing: bool | str) -> None:
-        """Choose how the U-Net and the autoencoder compute, as the constructor does."""
+    def configure(
+        self, attention_backend: str, gradient_checkpointing: bool | str, compiled: bool = False
+    ) -> None:
+        """Choose how the U-Net and the autoencoder compute, as the constructor does.
+
+        compiled: `loss` runs them by torch.compile, as it does with "budget:x".
+        """
         self.attention_backend = attention_backend
+        budget = activation_budget(gradient_checkpointing)
+        mode = gradient_checkpointing if budget is None else "none"
         for module in (self.unet, self.autoencoder.kl):
             patch_unet_attention(module, attention_backend, enable_gradient_checkpointing=False)
-            recompute_activations(module, gradient_checkpointing)
-        self.recomputing = gradient_checkpointing in (True, "full")
+            recompute_activations(module, mode)
+        self.autoencoder.rounded = ()  # made anew when it is needed
+        self.recomputing = mode in (True, "full")
+        self.passes = TrainingPasses(1.0 if compiled and budget is None else budget)
 
     # Training
 
@@ -195,7 +209,7 @@ class LDM4TSModel(nn.Module):
         noise, timesteps = drawn["noise"], drawn["timesteps"]
         noisy = self.noise_process.add_noise(clean, noise, timesteps)
         tokens = self.conditioner(series, frozen.get("text"))
-        predicted = self.unet(noisy, timesteps, tokens, return_dict=False)[0].float()
+        predicted = self._predict(noisy, timesteps, tokens).float()
         estimate = self.noise_process.estimate_clean(noisy, predicted, timesteps)
         location, scale = self._read_forecast(estimate, self._encode_targets(series))
 
@@ -235,19 +249,6 @@ class LDM4TSModel(nn.Module):
         latents = {"latents": self.autoencoder.encode(self.encode_vision(series))}
         text = self.conditioner.text is not None
         return {**latents, "text": self.conditioner.read_text(series)} if text else latents
-
-    @contextlib.contextmanager
-    def encoders_off_the_gpu(self) -> Iterator[None]:
-        """Keep what `encode_frozen` alone needs in the host's memory; text is read there."""
-        text, device = self.conditioner.text, self.device
-        parts = [self.autoencoder.kl.encoder, *([] if text is None else [text.encoder])]
-        for part in parts:
-            part.to("cpu")
-        try:
-            yield
-        finally:
-            for part in parts:
-                part.to(device)
 
     # Forecasting
 
@@ -360,33 +361,31 @@ class LDM4TSModel(nn.Module):
         temporal: Tensor,  # (B, C, width)
     ) -> tuple[Tensor, Tensor]:  # location and scale, each (B, T, C)
         keeping = torch.is_grad_enabled() and not self.recomputing
-        visual = self._see(latents) if keeping else self._see_in_parts(latents)
+        visual = self.passes(self._see)(latents) if keeping else self._see_in_parts(latents)
         return self.head(self.fusion(temporal, visual))
+
+    def _predict(self, *inputs: Tensor) -> Tensor:  # of the U-Net -> (B, Z, h, w)
+        if self.passes.budget is None:
+            return call_rounded(self.unet, *inputs)
+        return self.passes(self.unet)(*inputs, return_dict=False)[0]
 
     def _see(self, latents: Tensor) -> Tensor:  # (B, Z, h, w) -> (B, C, width)
         return self.visual(self.autoencoder.decode(latents))
 
     def _see_in_parts(self, latents: Tensor) -> Tensor:  # (B, Z, h, w) -> (B, C, width)
-        return torch.cat([recompute(self._see, p) for p in latents.split(DECODED_AT_ONCE)])
+        parts = latents.split(self.images_at_once(torch.is_grad_enabled()))
+        return torch.cat([recompute(self.passes(self._see), part) for part in parts])
+
+    def images_at_once(self, training: bool) -> int:
+        """Return how many images are decoded together, in a step that recomputes or a forecast."""
+        fitting = images_within(DECODED_PIXELS, self.config.image_size)
+        return min(fitting, DECODED_IN_A_STEP) if training else fitting
 
     def _denoising_step(self) -> DenoisingStep:
         return self.graphed_denoiser or partial(self.noise_process.denoise, self.unet)
 
-    def _encode_targets(
-        self,
-        series: Tensor,  # (B, L, V), normalised
-    ) -> Tensor:  # (B, C, width)
+    def _encode_targets(self, series: Tensor) -> Tensor:  # (B, L, V) -> (B, C, width)
         return self.temporal(series.index_select(-1, self.targets))
-
-    def _latent_shape(self) -> tuple[int, int, int]:
-        reduction = self.autoencoder.reduction
-        height, width = self.config.image_size
-        if height % reduction or width % reduction:
-            raise ValueError(
-                f"image_size must be a multiple of the autoencoder's reduction {reduction}, "
-                f"got {self.config.image_size}"
-            )
-        return self.autoencoder.latent_channels, height // reduction, width // reduction
 
 
 @contextlib.contextmanager
