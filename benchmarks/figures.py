@@ -1,10 +1,12 @@
 """Draw the front page's pictures from results: python -m benchmarks.figures → docs/images."""
 
+from pathlib import Path
+
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.measure import read
+from benchmarks.measure import RESULTS, read
 from benchmarks.report import OWN, PEERS, ROOT, device_times
 from benchmarks.training_tables import CLAIMS
 
@@ -82,8 +84,27 @@ def draw_levers(axes: Axes, px: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Figure, name: str) -> None:
-    figure.savefig(IMAGES / name, metadata={"Date": None})
+def draw_estimates(axes: Axes) -> None:
+    """Draw each configuration's estimate over what was measured."""
+    rows = read("vram_accuracy")
+    for part, color in (("forecaster", "tab:blue"), ("autoencoder", "tab:cyan")):
+        found = [
+            (float(row["allocated_mib"]) / 1024, float(row["estimate_mib"]) / 1024)
+            for row in rows
+            if row["part"] == part
+        ]
+        axes.scatter(*zip(*found, strict=True), s=14, color=color, label=part)
+    limits = axes.get_xlim()
+    axes.plot(limits, limits, color="0.8", linewidth=0.8, zorder=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("measured peak of a training step, GiB")
+    axes.set_ylabel("estimated, GiB")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, name: str, folder: Path = IMAGES) -> None:
+    figure.savefig(folder / name, metadata={"Date": None})
 
 
 def main() -> None:
@@ -100,6 +121,15 @@ def main() -> None:
     peaks.axes[0].legend(frameon=False, fontsize=9)
     peaks.suptitle("LDM4TS, guide preset, batch 4, on an H200", fontsize=11)
     save(peaks, "training_peaks.svg")
+    levers = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, px in zip(levers.subplots(1, 2), ("224", "512"), strict=True):
+        draw_levers(axes, px)
+    levers.suptitle("A training step of LDM4TS, batch 4; hollow: as the guide claims", fontsize=11)
+    save(levers, "training_levers.svg")
+    estimates = Figure(figsize=(6, 5), layout="constrained")
+    draw_estimates(estimates.subplots())
+    estimates.axes[0].legend(frameon=False, fontsize=9)
+    save(estimates, "vram_accuracy.svg", RESULTS)
 
 
 if __name__ == "__main__":
