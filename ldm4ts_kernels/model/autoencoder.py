@@ -102,27 +102,35 @@ class ImageAutoencoder(nn.Module):
     ) -> Tensor:
         """Return images (B, 3, height, width), about [0, 1]; the gradient reaches the latents.
 
-        Under autocast a frozen decoder computes in its dtype from end to end, norms included, whose
-        float32 images would else be most of a step's memory, and their casts much of its time.
+        Under autocast it is the rounded decoder that decodes, where there is one.
         """
         latents, kind = latents / self.scale + self.shift, latents.device.type
-        if self.needs_training or not torch.is_autocast_enabled(kind):
+        if not self.rounded or not torch.is_autocast_enabled(kind):
             images = self.kl.decode(latents, return_dict=False)[0]
         else:
-            dtype = torch.get_autocast_dtype(kind)
+            decoder = self.rounded[0]
             with torch.autocast(kind, enabled=False):
-                decoder = self._rounded_decoder(latents.device, dtype)
-                images = decoder.decode(latents.to(dtype), return_dict=False)[0]
+                images = decoder.decode(latents.to(decoder.dtype), return_dict=False)[0]
         return (images + 1) / 2
 
-    def _rounded_decoder(self, device: torch.device, dtype: torch.dtype) -> Any:
+    def round_decoder(self) -> None:
+        """Under autocast, have a copy of a frozen decoder in its dtype, norms included.
+
+        Their float32 images would else be most of a step's memory, and their casts much of its
+        time.
+        """
+        device = self.scale.device
+        if self.needs_training or not torch.is_autocast_enabled(device.type):
+            return
+        dtype = torch.get_autocast_dtype(device.type)
         if not self.rounded or (self.rounded[0].device, self.rounded[0].dtype) != (device, dtype):
             shared: dict[int, Any] = {id(self.kl.encoder): None}  # left out of the copy
             for module in self.kl.modules():  # the report of who serves a layer reads the original
                 if (processor := getattr(module, "processor", None)) is not None:
                     shared[id(processor)] = processor
-            self.rounded = (copy.deepcopy(self.kl, shared).to(device, dtype),)
-        return self.rounded[0]
+            copied = copy.deepcopy(self.kl, shared)
+            # Not by diffusers' own, which warns of a list that is empty.
+            self.rounded = (nn.Module.to(copied, device, dtype),)
 
     def reconstruction_loss(
         self,

@@ -360,6 +360,7 @@ class LDM4TSModel(nn.Module):
         latents: Tensor,  # (B, Z, h, w), clean
         temporal: Tensor,  # (B, C, width)
     ) -> tuple[Tensor, Tensor]:  # location and scale, each (B, T, C)
+        self.autoencoder.round_decoder()
         keeping = torch.is_grad_enabled() and not self.recomputing
         visual = self.passes(self._see)(latents) if keeping else self._see_in_parts(latents)
         return self.head(self.fusion(temporal, visual))
