@@ -231,8 +231,7 @@ def _run_stage(job: _Job, stage: str) -> WeightAverage:
     # Autocast is Accelerate's; gradients are averaged in the step, where a CUDA graph holds it.
     loss = job.accelerator.prepare_model(StageLoss(model, stage), evaluation_mode=True).train()
     build = partial(_build_step, job, stage, loss, parameters, optimizer)
-    alone = job.peers.count == 1
-    take_step = LadderedStep(config, build, partial(_change_levers, job), alone)
+    take_step = LadderedStep(config, build, partial(_change_levers, job), job.peers.count == 1)
     log = StepLog(job.run, config.device, stage, steps, partial(served_by, model), job.peers.first)
     encoded = isinstance(windows, EncodedWindows)
     with kept_on_host(model, stage) if first_stage or encoded else nullcontext():
@@ -397,6 +396,5 @@ def _finish(job: _Job) -> Evaluation:
         model_directory.rename(job.run.directory / ".unfinished-model")
     with directory_written_whole(model_directory) as scratch:
         job.model.save_pretrained(scratch)
-    text = json.dumps(asdict(test), indent=1)
-    write_text_whole(job.run.directory / "test_metrics.json", text)
+    write_text_whole(job.run.directory / "test_metrics.json", json.dumps(asdict(test), indent=1))
     return test

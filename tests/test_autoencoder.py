@@ -118,3 +118,19 @@ def test_an_autoencoder_of_grey_images_is_refused(tmp_path):
     type(kl)(**{**kl.config, "in_channels": 1, "out_channels": 1}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must take 3 channels"):
         autoencoder(autoencoder=str(tmp_path))
+
+
+def test_a_frozen_decoder_is_rounded_beside_its_own_weights():
+    from tiny_model import ready
+
+    autoencoder = ready().autoencoder
+    latents = torch.randn(2, *ready().latent_shape)
+    exact, names = autoencoder.decode(latents), list(autoencoder.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        autoencoder.round_decoder()
+        rounded = autoencoder.decode(latents)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+    assert list(autoencoder.state_dict()) == names
+    assert {parameter.dtype for parameter in autoencoder.parameters()} == {torch.float32}
+    torch.testing.assert_close(autoencoder.decode(latents), exact)

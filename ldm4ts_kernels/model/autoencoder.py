@@ -124,13 +124,15 @@ class ImageAutoencoder(nn.Module):
             return
         dtype = torch.get_autocast_dtype(device.type)
         if not self.rounded or (self.rounded[0].device, self.rounded[0].dtype) != (device, dtype):
-            shared: dict[int, Any] = {id(self.kl.encoder): None}  # left out of the copy
+            copied: dict[int, Any] = {id(self.kl.encoder): None}  # left out
+            for name, parameter in self.kl.named_parameters():
+                if not name.startswith("encoder."):
+                    rounded = parameter.detach().to(device, dtype)
+                    copied[id(parameter)] = nn.Parameter(rounded, requires_grad=False)
             for module in self.kl.modules():  # the report of who serves a layer reads the original
                 if (processor := getattr(module, "processor", None)) is not None:
-                    shared[id(processor)] = processor
-            copied = copy.deepcopy(self.kl, shared)
-            # Not by diffusers' own, which warns of a list that is empty.
-            self.rounded = (nn.Module.to(copied, device, dtype),)
+                    copied[id(processor)] = processor
+            self.rounded = (copy.deepcopy(self.kl, copied),)
 
     def reconstruction_loss(
         self,
