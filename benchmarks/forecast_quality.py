@@ -30,9 +30,10 @@ DATA = {
 }
 # bf16, as INT8 kernels need it; the same for all backends.
 TRAINING = (
-    "--preset paper --device cuda --precision bf16 --no-gradient-checkpointing --batch-size 32 "
-    "--learning-rate 3e-4 --model-field dropout=0.2 --ema-decay 0.98 --validate-every 100000 "
-    "--checkpoint-every 100000 --log-every 50"
+    "--preset paper --device cuda --precision bf16 --checkpointing none --batch-size 32 "
+    "--steps 500 --learning-rate 1e-3 --ema-decay 0.98 --validate-every 100000 "
+    "--checkpoint-every 100000 --log-every 50 --eval-windows 400 "
+    "--model-field dropout=0.3 --model-field d_model=64 --model-field d_ff=128"
 )
 
 
