@@ -4,9 +4,9 @@
 
 The softmax does not see what all keys of a head have in common, but the largest value of a block
 does: without its channel bias a key keeps its bits for what tells tokens apart (SageAttention,
-arXiv 2410.02367, section 4.2). Two launches: sums of the key over parts of the tokens, then mean,
-INT8 query and INT8 key. Sums have a fixed order, so the result is the same in every run. Rows are
-stored in a multiple of 16 bytes, which the loads of every kernel then know.
+arXiv 2410.02367, section 4.2). Two launches: INT8 query, and sums of the key over parts of the
+tokens; then mean and INT8 key. Sums have a fixed order, so the result is the same in every run.
+Rows are stored in a multiple of 16 bytes, which the loads of every kernel then know.
 """
 
 import functools
@@ -37,7 +37,6 @@ from ldm4ts_kernels.kernels.tuning import (
 
 LARGEST = tl.constexpr(127.0)
 SMALLEST = tl.constexpr(1e-30)  # its reciprocal is finite; below it a block counts as zeros
-# Adding it to |x| < 2^22 and subtracting it again rounds to the nearest integer, half to even.
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2^23
 
 
@@ -49,30 +48,6 @@ class Quantised(NamedTuple):
     key: Tensor  # (B, G, K, W) int8, of key - key_mean
     key_scale: Tensor  # (B, G, ⌈K / QUANT_ROWS⌉) float32
     key_mean: Tensor  # (B, G, W) float32
-
-
-@triton.jit
-def _key_sum_kernel(
-    k_ptr, sum_ptr, stride_kb, stride_kh, stride_kn, G, K, rows_a_part,
-    D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
-    STEP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum the keys of one head over one part of the tokens."""
-    head_index = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    k_ptr += (head_index // G) * aligned(stride_kb, STEP)
-    k_ptr += (head_index % G) * aligned(stride_kh, STEP)
-    stride_kn = aligned(stride_kn, STEP)
-    sum_ptr += (head_index * tl.num_programs(1) + part) * WIDTH
-    low = part * rows_a_part
-    high = tl.minimum(K, low + rows_a_part)
-    total = zero_parts(BLOCK, QK_0, QK_1)
-    for start in range(low, high, BLOCK):
-        k = load_parts(k_ptr, start, stride_kn, high, BLOCK, QK_0, QK_1, D, True)
-        total = add_parts(total, float32_parts(k, QK_1), QK_1)
-    _store_row(sum_ptr, tl.sum(total[0], 0), 0, WIDTH, QK_0)
-    if QK_1 > 0:
-        _store_row(sum_ptr, tl.sum(total[1], 0), QK_0, WIDTH, QK_1)
 
 
 @triton.jit
@@ -112,6 +87,12 @@ def _largest(x):
 
 
 @triton.jit
+def _round(x):
+    """Return x, half to even, as INT8: the last byte of x + 1.5 · 2^23."""
+    return (x + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def _quantise_and_store(
     ptr, scale_ptr, x, start, length, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -125,9 +106,9 @@ def _quantise_and_store(
     tl.store(scale_ptr + start // BLOCK, tl.div_rn(largest, LARGEST))
     factor = tl.div_rn(LARGEST, largest)
     if QK_1 == 0:
-        rounded = ((x[0] * factor + ROUNDER) - ROUNDER,)
+        rounded = (_round(x[0] * factor),)
     else:
-        rounded = ((x[0] * factor + ROUNDER) - ROUNDER, (x[1] * factor + ROUNDER) - ROUNDER)
+        rounded = (_round(x[0] * factor), _round(x[1] * factor))
     store_parts(ptr, start, WIDTH, length, rounded, BLOCK, QK_0, QK_1, WIDTH)
 
 
@@ -137,43 +118,65 @@ def _without_mean(k, mean, inside):
 
 
 @triton.jit
-def _quantise_kernel(
-    q_ptr, k_ptr, sum_ptr, q_int8_ptr, q_scale_ptr, k_int8_ptr, k_scale_ptr, mean_ptr, shift_ptr,
+def _query_kernel(
+    q_ptr, k_ptr, q_int8_ptr, q_scale_ptr, sum_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    H, groups, Q, K, scale, parts, query_programs,
+    H, groups, Q, K, parts, rows_a_part, query_programs,
     D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
-    STEP: tl.constexpr, MAX_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr, MEAN_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantise one block of the query or, in the programs that follow those, of the key."""
+    """Quantise one block of the query or, in the programs that follow those, sum keys.
+
+    A sum is that of one head's keys over one part of the tokens.
+    """
     program = tl.program_id(0)
     if program < query_programs:
         blocks = tl.cdiv(Q, BLOCK)
         start = (program % blocks) * BLOCK
         head_index = (program // blocks).to(tl.int64)
-        batch, head = head_index // H, head_index % H
-        q_ptr += batch * aligned(stride_qb, STEP) + head * aligned(stride_qh, STEP)
+        q_ptr += (head_index // H) * aligned(stride_qb, STEP)
+        q_ptr += (head_index % H) * aligned(stride_qh, STEP)
         q = load_parts(q_ptr, start, aligned(stride_qn, STEP), Q, BLOCK, QK_0, QK_1, D, True)
-        q = float32_parts(q, QK_1)
-        if HAS_SHIFT:
-            kv_index = batch * (H // groups) + head // groups
-            mean = _load_mean(
-                sum_ptr + kv_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
-            )
-            shift = tl.sum(q[0] * mean[0][None, :], 1)
-            if QK_1 > 0:
-                shift += tl.sum(q[1] * mean[1][None, :], 1)
-            rows = start + tl.arange(0, BLOCK)
-            tl.store(shift_ptr + head_index * Q + rows, shift * scale, mask=rows < Q)
         _quantise_and_store(
-            q_int8_ptr + head_index * Q * WIDTH, q_scale_ptr + head_index * blocks, q, start, Q,
-            WIDTH, QK_0, QK_1, BLOCK,
+            q_int8_ptr + head_index * Q * WIDTH, q_scale_ptr + head_index * blocks,
+            float32_parts(q, QK_1), start, Q, WIDTH, QK_0, QK_1, BLOCK,
         )  # fmt: skip
     else:
+        part = (program - query_programs) % parts
+        head_index = ((program - query_programs) // parts).to(tl.int64)
+        kv_heads = H // groups
+        k_ptr += (head_index // kv_heads) * aligned(stride_kb, STEP)
+        k_ptr += (head_index % kv_heads) * aligned(stride_kh, STEP)
+        stride_kn = aligned(stride_kn, STEP)
+        sum_ptr += (head_index * parts + part) * WIDTH
+        low = part * rows_a_part
+        high = tl.minimum(K, low + rows_a_part)
+        total = zero_parts(MEAN_ROWS, QK_0, QK_1)
+        for start in range(low, high, MEAN_ROWS):
+            k = load_parts(k_ptr, start, stride_kn, high, MEAN_ROWS, QK_0, QK_1, D, True)
+            total = add_parts(total, float32_parts(k, QK_1), QK_1)
+        _store_row(sum_ptr, tl.sum(total[0], 0), 0, WIDTH, QK_0)
+        if QK_1 > 0:
+            _store_row(sum_ptr, tl.sum(total[1], 0), QK_0, WIDTH, QK_1)
+
+
+@triton.jit
+def _key_kernel(
+    q_ptr, k_ptr, sum_ptr, k_int8_ptr, k_scale_ptr, mean_ptr, shift_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    H, groups, Q, K, scale, parts, key_programs,
+    D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
+    STEP: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Quantise one block of the key or, in the programs that follow those, store rows' shift."""
+    program = tl.program_id(0)
+    kv_heads = H // groups
+    if program < key_programs:
         blocks = tl.cdiv(K, BLOCK)
-        start = ((program - query_programs) % blocks) * BLOCK
-        head_index = ((program - query_programs) // blocks).to(tl.int64)
-        batch, head = head_index // (H // groups), head_index % (H // groups)
-        k_ptr += batch * aligned(stride_kb, STEP) + head * aligned(stride_kh, STEP)
+        start = (program % blocks) * BLOCK
+        head_index = (program // blocks).to(tl.int64)
+        k_ptr += (head_index // kv_heads) * aligned(stride_kb, STEP)
+        k_ptr += (head_index % kv_heads) * aligned(stride_kh, STEP)
         k = load_parts(k_ptr, start, aligned(stride_kn, STEP), K, BLOCK, QK_0, QK_1, D, True)
         mean = _load_mean(
             sum_ptr + head_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
@@ -191,6 +194,22 @@ def _quantise_kernel(
             k_int8_ptr + head_index * K * WIDTH, k_scale_ptr + head_index * blocks, k, start, K,
             WIDTH, QK_0, QK_1, BLOCK,
         )  # fmt: skip
+    else:
+        blocks = tl.cdiv(Q, BLOCK)
+        start = ((program - key_programs) % blocks) * BLOCK
+        head_index = ((program - key_programs) // blocks).to(tl.int64)
+        batch, head = head_index // H, head_index % H
+        q_ptr += batch * aligned(stride_qb, STEP) + head * aligned(stride_qh, STEP)
+        q = load_parts(q_ptr, start, aligned(stride_qn, STEP), Q, BLOCK, QK_0, QK_1, D, True)
+        kv_index = batch * kv_heads + head // groups
+        mean = _load_mean(
+            sum_ptr + kv_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
+        )
+        shift = tl.sum(q[0].to(tl.float32) * mean[0][None, :], 1)
+        if QK_1 > 0:
+            shift += tl.sum(q[1].to(tl.float32) * mean[1][None, :], 1)
+        rows = start + tl.arange(0, BLOCK)
+        tl.store(shift_ptr + head_index * Q + rows, shift * scale, mask=rows < Q)
 
 
 def empty_quantised(query: Tensor, key: Tensor) -> Quantised:
@@ -231,10 +250,10 @@ def quantise(
     channel: it reaches every row of the block or head, and is never rounded away.
     """
     strides = strides_of((query, key), None)[:6]
-    sum_keys, quantise_all, shape = _plan(problem, strides, lse_shift is not None)
+    of_query, of_key, shape = _plan(problem, strides, lse_shift is not None)
     sums = key.new_empty(shape, dtype=torch.float32)
-    sum_keys(_key_sum_kernel, key, sums)
-    quantise_all(_quantise_kernel, query, key, sums, *result, lse_shift)
+    of_query(_query_kernel, query, key, result.query, result.query_scale, sums)
+    of_key(_key_kernel, query, key, sums, *result[2:], lse_shift)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -251,25 +270,24 @@ def _plan(
         "QK_0": part_0,
         "QK_1": part_1,
         "STEP": common_step(strides),
+        "BLOCK": QUANT_ROWS,
         "num_warps": 4 if problem.head_dim <= 64 else 8,
+        # x · factor is rounded before ROUNDER is added, as the oracle does.
+        "enable_fp_fusion": False,
     }
     rows_a_part = triton.cdiv(triton.cdiv(problem.key_length, MEAN_PARTS), MEAN_ROWS) * MEAN_ROWS
     parts = triton.cdiv(problem.key_length, rows_a_part)
     kv_heads = problem.batch * problem.kv_heads
-    sum_keys = Launch(
-        (kv_heads, parts),
-        (*strides[3:], problem.kv_heads, problem.key_length, rows_a_part),
-        {**flags, "BLOCK": MEAN_ROWS},
-    )
     of_queries = problem.batch * problem.heads * triton.cdiv(problem.query_length, QUANT_ROWS)
     of_keys = kv_heads * triton.cdiv(problem.key_length, QUANT_ROWS)
-    quantise_all = Launch(
-        (of_queries + of_keys,),
-        (*strides, *problem.lengths(), problem.scale, parts, of_queries),
-        # No fusion: x · factor is rounded before ROUNDER is added, as the oracle does.
-        {
-            **flags, "MAX_PARTS": MEAN_PARTS, "HAS_SHIFT": has_shift, "BLOCK": QUANT_ROWS,
-            "enable_fp_fusion": False,
-        },
-    )  # fmt: skip
-    return sum_keys, quantise_all, (kv_heads, parts, flags["WIDTH"])
+    of_query = Launch(
+        (of_queries + kv_heads * parts,),
+        (*strides, *problem.lengths(), parts, rows_a_part, of_queries),
+        {**flags, "MEAN_ROWS": MEAN_ROWS},
+    )
+    of_key = Launch(
+        (of_keys + (of_queries if has_shift else 0),),
+        (*strides, *problem.lengths(), problem.scale, parts, of_keys),
+        {**flags, "MAX_PARTS": MEAN_PARTS},
+    )
+    return of_query, of_key, (kv_heads, parts, flags["WIDTH"])
