@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -43,10 +43,11 @@ def hold(directory: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
-            if not (directory / "config.json").exists():  # the run never began
-                path.unlink()
-                if made and not any(directory.iterdir()):
-                    directory.rmdir()
+            if not (directory / "config.json").exists():  # the run never began, or is deleted
+                path.unlink(missing_ok=True)
+                if made:
+                    with suppress(OSError):  # not empty
+                        directory.rmdir()
 
 
 def find_holder(directory: Path) -> int | None:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,11 @@ def test_a_directory_in_which_no_run_began_is_removed_again(tmp_path):
     with pytest.raises(OptionError, match="is no run"):
         train(tiny_config(tmp_path, "thesis"))
     assert os.listdir(foreign) == ["thesis.tex"]
+
+
+def test_a_run_that_is_deleted_under_its_process_ends_without_another_error(tmp_path):
+    with hold(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_where_the_disk_knows_no_locks_a_line_says_so(tmp_path, monkeypatch, caplog):
