@@ -224,9 +224,14 @@ LDM_DEVICE void meet(Sums<S>& sums, Sums<S>& values, const Operands<S>& operands
       dp[r][n][e] = s[r][n][e] * (dp[r][n][e] - delta);
     });
   };
-  multiply_rows(T(), s, operands.held, met, at);
+  multiply_rows<S::kUnroll>(T(), s, operands.held, met, at);
   mask_scores<T, S, kGeneral>(s, sweep, row, sweep.met_row(step) + at);
-  multiply_rows(T(), dp, operands.held_too, met_too, at, exponentiate);
+  if constexpr (S::kOverlapped) {
+    multiply_rows<S::kSteps>(T(), dp, operands.held_too, met_too, at, exponentiate);
+  } else {
+    exponentiate(0, 1);
+    multiply_rows<S::kUnroll>(T(), dp, operands.held_too, met_too, at);
+  }
   if (kGeneral && sweep.p.seed) {
     differentiate_dropped(s, dp, operands.statistics, sweep, row, sweep.met_row(step) + at);
     if constexpr (S::kByKeys) accumulate(T(), values, s, met_too, at, sweep.column);

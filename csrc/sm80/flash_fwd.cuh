@@ -107,7 +107,7 @@ flash_fwd_kernel(LDM_PARAMS p) {
   SoftmaxRows<C::kRowTiles> softmax;
   softmax.clear();
   Scores<C> slices[2] = {};
-  multiply_rows(T(), slices[0], query, stages.first_keys(), 0);
+  multiply_rows<C::kSteps>(T(), slices[0], query, stages.first_keys(), 0);
   hide(slices[0], 0);
   softmax.look(slices[0], 0, 1);
   LDM_ROLLED for (int stage = 0; stage * C::kBlockK < stages.key_end; ++stage) {
@@ -123,8 +123,9 @@ flash_fwd_kernel(LDM_PARAMS p) {
             LDM_UNROLL for (int e = 0; e < 4; ++e) next[r][n][e] = 0.0f;
           }
         }
-        multiply_rows(T(), next, query, stages.keys(stage), i * C::kSlice,
-                      [&](int part, int parts) { softmax.exponentiate(now, scale, part, parts); });
+        multiply_rows<C::kSteps>(
+            T(), next, query, stages.keys(stage), i * C::kSlice,
+            [&](int part, int parts) { softmax.exponentiate(now, scale, part, parts); });
         hide(next, key + C::kSlice);
       } else {
         softmax.exponentiate(now, scale, 0, 1);

@@ -35,14 +35,16 @@ struct Nothing {
 };
 
 // c += a bᵀ for the rows of b from `row` on, over all columns. Between the products,
-// meanwhile(part, parts) is called for each part.
-template <typename T, int kRowTiles, int kColumnTiles, int kColumns, bool kKept,
+// meanwhile(part, parts) is called for each part; without it, the loop may be kept short, where all
+// of it would spill.
+template <int kUnroll, typename T, int kRowTiles, int kColumnTiles, int kColumns, bool kKept,
           typename F = Nothing>
 LDM_DEVICE void multiply_rows(T type, float (&c)[kRowTiles][kColumnTiles][4],
                               const RowOperand<kColumns, kRowTiles, kKept>& a_rows,
                               Tile<kColumns> b_tile, int row, F&& meanwhile = F()) {
   constexpr int kPairs = kColumnTiles / 2, kSteps = kColumns / 16;
-  LDM_UNROLL for (int k = 0; k < kSteps; ++k) {
+#pragma unroll kUnroll
+  for (int k = 0; k < kSteps; ++k) {
     uint32_t a[kRowTiles][4];
     LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) a_rows.get(a[r], r, k);
     LDM_UNROLL for (int n = 0; n < kPairs; ++n) {

@@ -56,14 +56,13 @@ struct BwdRow {
   int stages;  // steps in flight
   SideRow by_keys, by_queries;
 };
-// NVIDIA H200, 2026-11-23: the fastest of some ten candidates a side, each timed alone in a graph
-// on the shapes of benchmarks/cases.py; 48, 96, 112, 192 and 256, which no shape has, like their
-// neighbours.
-// Long sequences: 32 rows a warp, so that every fragment of the met rows serves two products. None
-// for 16, where twice the warps an SM are worth more.
+// NVIDIA H200, 2026-11-23, and H100, 2026-11-27: the fastest of some ten candidates a side, each
+// timed alone in a graph on the shapes of benchmarks/cases.py; 48, 96, 112, 192 and 256, which no
+// shape has, like their neighbours. Long sequences: 32 rows a warp, so that every fragment of the
+// met rows serves two products. None for 16, where twice the warps an SM are worth more.
 constexpr BwdRow kBwdWide[] = {
     {32, 2, {2, true, 64, 32, 1}, {2, true, 64, 32, 1}},
-    {40, 2, {2, true, 64, 32, 1}, {2, true, 64, 32, 1}},
+    {40, 2, {2, false, 64, 32, 1}, {2, true, 64, 32, 1}},
     {48, 2, {2, false, 64, 32, 1}, {2, true, 64, 32, 1}},
     {64, 2, {2, false, 64, 32, 1}, {2, true, 64, 16, 1}},
     {80, 2, {1, true, 64, 32, 1}, {2, false, 64, 32, 1}},
@@ -76,7 +75,7 @@ constexpr BwdRow kBwdNarrow[] = {
     {40, 2, {1, true, 64, 64, 1}, {1, true, 64, 64, 1}},
     {48, 2, {1, true, 64, 64, 1}, {1, true, 64, 64, 1}},
     {64, 2, {1, true, 64, 64, 1}, {1, true, 64, 64, 1}},
-    {80, 2, {1, true, 64, 64, 1}, {1, true, 64, 64, 1}},
+    {80, 2, {1, true, 64, 32, 1}, {1, true, 64, 64, 1}},
     {96, 2, {1, false, 64, 32, 1}, {1, true, 64, 32, 1}},
     {112, 2, {1, false, 64, 32, 1}, {1, true, 32, 32, 1}},
     {128, 2, {1, false, 32, 32, 1}, {1, true, 32, 32, 1}},
@@ -120,6 +119,7 @@ struct FwdTiles {
                                                             : row_for(kFwdFew, kDim);
   static constexpr int kHeadDim = kDim;
   static constexpr int kPadded = ceil_div(kDim, 16) * 16;  // columns in memory and of Q·Kᵀ
+  static constexpr int kSteps = kPadded / 16;
   static constexpr int kThreads = kRow.warps * kWarp;
   static constexpr int kRowTiles = kRow.row_tiles;
   static constexpr int kBlockQ = kRow.warps * kRow.row_tiles * 16;
@@ -154,6 +154,10 @@ struct BwdTiles {
     static constexpr int kRowTiles = kRow.row_tiles;
     static constexpr int kRows = kThreads / kWarp * kRowTiles * 16;
     static constexpr bool kKept = kRow.kept;
+    static constexpr int kSteps = kPadded / 16;
+    static constexpr int kUnroll = kKept ? kSteps : kPadded > 128 ? 1 : 2;
+    // loops that are kept short hold nothing between their products
+    static constexpr bool kOverlapped = kKept || kPadded <= 128;
     static constexpr int kStep = kRow.step;
     static constexpr int kSlice = kRow.slice;
     static constexpr int kParts = kRow.parts;
