@@ -72,13 +72,17 @@ def build_library() -> str | None:
         return "they need the headers of torch >= 2.10, which is not installed here"
     cuda = Path(nvcc).parents[1]
     lines = [NINJA.format(nvcc=nvcc, csrc=CSRC, torch=torch, cuda=cuda, archs=arch_flags())]
-    head_dims, objects = re.findall(r"X\((\d+)\)", (CSRC / "dispatch.h").read_text()), []
+    rows = re.findall(r"#define (LDM_\w*)S\(X\)((?:.*\\\n)*.*)", (CSRC / "dispatch.h").read_text())
+    objects = []
     for source in sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cpp")]):
-        per_dim = source.suffix == ".cu" and "LDM_HEAD_DIM" in source.read_text()
-        for dim in reversed(head_dims) if per_dim else [""]:
-            objects.append(f"{source.relative_to(CSRC).with_suffix('')}{dim and '_'}{dim}.o")
+        text = source.read_text() if source.suffix == ".cu" else ""
+        macros = [f"{name}={dim}" for name, dims in rows if re.search(rf"\b{name}\b", text)
+                  for dim in reversed(re.findall(r"\d+", dims))]  # fmt: skip
+        for macro in macros or [""]:
+            dim = "_" + macro.split("=")[1] if macro else ""
+            objects.append(f"{source.relative_to(CSRC).with_suffix('')}{dim}.o")
             lines += [f"build {objects[-1]}: compile {source}"]
-            lines += [f"  defines = -DLDM_HEAD_DIM={dim}"] if dim else []
+            lines += [f"  defines = -D{macro}"] if macro else []
     BUILD.mkdir(parents=True, exist_ok=True)
     lines += [f"build _C.so: link {' '.join(objects)}", ""]
     (BUILD / "build.ninja").write_text("\n".join(lines))

@@ -5,23 +5,31 @@
 #include "types.h"
 
 // Head dims with kernels of their own; any other runs in the next one up, with predicated loads.
-// setup.py reads this list: sources that mention LDM_HEAD_DIM are compiled once for each.
+// setup.py reads these lists: sources that mention LDM_HEAD_DIM are compiled once for each.
 #define LDM_HEAD_DIMS(X) \
   X(16) X(32) X(40) X(48) X(64) X(80) X(96) X(112) X(128) X(160) X(192) X(256)
+
+// INT8 products are 32 wide and pay on long rows, so there are fewer: LDM_INT8_HEAD_DIM likewise.
+#define LDM_INT8_HEAD_DIMS(X) X(64) X(80) X(128) X(160) X(256)
 
 namespace ldm {
 
 constexpr int kMaxHeadDim = 256;
 
 // Calls f with the smallest compiled head dim that holds `head_dim`.
-template <typename F>
-auto with_head_dim(int head_dim, F&& f) {
 #define LDM_CASE(kDim) \
   if (head_dim <= kDim) return f(std::integral_constant<int, kDim>());
+template <typename F>
+auto with_head_dim(int head_dim, F&& f) {
   LDM_HEAD_DIMS(LDM_CASE)
-#undef LDM_CASE
   return f(std::integral_constant<int, kMaxHeadDim>());
 }
+template <typename F>
+auto with_int8_head_dim(int head_dim, F&& f) {
+  LDM_INT8_HEAD_DIMS(LDM_CASE)
+  return f(std::integral_constant<int, kMaxHeadDim>());
+}
+#undef LDM_CASE
 
 template <typename F>
 auto with_element(bool bfloat16, F&& f) {

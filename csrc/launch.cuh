@@ -67,9 +67,8 @@ int probe() {
   return error;
 }
 
-template <auto kKernel>
-int launch(int64_t blocks, int threads, int shared_bytes, const FlashParams& p,
-           cudaStream_t stream) {
+template <auto kKernel, class Params>
+int launch(int64_t blocks, int threads, int shared_bytes, const Params& p, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (const cudaError_t error = allow_shared<kKernel>(shared_bytes)) return error;

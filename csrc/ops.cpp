@@ -176,6 +176,8 @@ std::string device_error(int64_t index) {
 }  // namespace
 }  // namespace ldm
 
+#include "int8_ops.h"
+
 STABLE_TORCH_LIBRARY(ldm4ts_kernels, m) {
   m.def(
       "flash_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
@@ -185,12 +187,22 @@ STABLE_TORCH_LIBRARY(ldm4ts_kernels, m) {
       "Tensor? attn_mask, Tensor? dlse, bool is_causal, float scale, Tensor? seed=None, "
       "float dropout_p=0.0) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "int8_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "int8_backward(Tensor dout, Tensor query, Tensor key_int8, Tensor key_scale, Tensor "
+      "key_mean, "
+      "Tensor value, Tensor out, Tensor lse, Tensor? dlse, bool is_causal, float scale) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("device_error(int index) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ldm4ts_kernels, CUDA, m) {
   m.impl("flash_forward", TORCH_BOX(&ldm::flash_forward));
   m.impl("flash_backward", TORCH_BOX(&ldm::flash_backward));
+  m.impl("int8_forward", TORCH_BOX(&ldm::int8_forward));
+  m.impl("int8_backward", TORCH_BOX(&ldm::int8_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ldm4ts_kernels, CompositeExplicitAutograd, m) {

@@ -54,11 +54,31 @@ inline bool is_general(const FlashParams& p) {
   return p.mask_kind != kNoMask || p.seed != nullptr || !(p.scale > 0.0f);
 }
 
+// INT8 attention: what FlashParams says, and what becomes of the keys. W: D in whole 16 bytes.
+struct Int8Params {
+  FlashParams flash;
+  Strided q_rounded;  // (B, H, Q, D), what the rounding leaves of q
+  Strided k_rounded;  // (B, G, K, D), and of k − mean
+  int8_t* k_int8;     // (B, G, K, W), of k − mean
+  float* k_scale;     // (B, G, ⌈K / kQuantRows⌉), k − mean ≈ scale · int8
+  float* k_mean;      // (B, G, W), over the tokens
+  float* k_sums;      // (B, G, parts, W), over each part of the tokens
+  float* smooth_lse;  // (B, H, Q), of the scores of k − mean
+  int32_t width;      // W
+  int32_t parts;      // 0: every block sums all keys itself
+};
+
 // Each returns a cudaError_t. kHeadDim is one of dispatch.h's and at least p.head_dim.
 template <int kHeadDim>
 int launch_flash_fwd(const FlashParams& p, cudaStream_t stream);
 template <int kHeadDim>
 int launch_flash_bwd(const FlashParams& p, cudaStream_t stream);
+
+// kHeadDim: one of dispatch.h's for INT8.
+template <int kHeadDim>
+int launch_int8_fwd(const Int8Params& p, cudaStream_t stream);
+int launch_quantise_keys(const Int8Params& p, cudaStream_t stream);
+int launch_round_operands(const Int8Params& p, cudaStream_t stream);
 
 // Whether the forward's machine code runs on the current device.
 template <int kHeadDim>

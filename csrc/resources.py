@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).parent
-HEAD_DIMS = [int(dim) for dim in re.findall(r"X\((\d+)\)", (CSRC / "dispatch.h").read_text())]
+DISPATCH = (CSRC / "dispatch.h").read_text()
+HEAD_DIMS = sorted({int(dim) for dim in re.findall(r"X\((\d+)\)", DISPATCH)})
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 SHAPES = {"(Shape)0": "wide", "(Shape)1": "narrow", "(Shape)2": "few keys"}
 SHARED_AN_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB, 1 of them the system's for each block
@@ -26,7 +27,7 @@ WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64}
 REGISTERS_AN_SM = 65536
 TILES = """
 #include <cstdio>
-#include "sm80/tiles.h"
+#include "sm80/int8_tiles.h"
 using namespace ldm;
 template <class T> void show(const char* name, const char* rest) {
   std::printf("%s<%d%s> %d %d\\n", name, T::kHeadDim, rest, T::kThreads, T::kSharedBytes);
@@ -37,6 +38,7 @@ template <int kDim> void show_all() {
   if constexpr (kHasFewFwd<kDim>) show<FwdTiles<kDim, Shape::kFew>>("FwdTiles", ", (Shape)2");
   if constexpr (kHasWideBwd<kDim>) show<BwdTiles<kDim, Shape::kWide>>("BwdTiles", ", (Shape)0");
   show<BwdTiles<kDim, Shape::kNarrow>>("BwdTiles", ", (Shape)1");
+  if constexpr (kHasInt8<kDim>) show<Int8Tiles<kDim>>("Int8Tiles", "");
 }
 """
 
@@ -57,7 +59,7 @@ class Kernel:
 
     @property
     def head_dim(self) -> int:
-        return int(re.findall(r"\d+", self.tiles)[0])
+        return int(re.findall(r"<(\d+)|$", self.tiles)[0] or 0)  # 0: the quantiser's, for any
 
     def blocks(self, capability: int) -> int:
         """Return how many blocks of this kernel an SM of `capability` holds."""
@@ -72,7 +74,10 @@ def tile_sizes() -> dict[str, tuple[int, int]]:
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder, "tiles.cpp"), Path(folder, "tiles")
         source.write_text(
-            TILES + "int main() { " + " ".join(f"show_all<{dim}>();" for dim in HEAD_DIMS) + " }"
+            TILES
+            + 'int main() { std::printf("Rows %d %d\\n", kQuantThreads, kQuantBytes); '
+            + " ".join(f"show_all<{dim}>();" for dim in HEAD_DIMS)
+            + " }"
         )
         command = ["g++", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(program)]
         subprocess.run(command, check=True)
@@ -100,10 +105,12 @@ def kernels(library: Path) -> list[Kernel]:
     for line in text.replace("ldm::", "").splitlines():
         if match := re.search(r"arch = sm_(\d+)", line):
             arch = int(match[1])
-        if match := re.search(r"(flash_\w+)<(\w+), (\w+<[^>]*>)(?:, (\w+))?\s*>", line):
-            name, element, tiles, general = match.groups()
+        kernel = r"((?:flash|int8)_\w+)<(\w+)(?:, (\w+<[^>]*>))?(?:, (\w+))?\s*>"
+        if match := re.search(kernel, line):
+            name, element, tiles, general = match.groups("")
+            tiles = tiles or "Rows"
         if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
-            resident = "statistics" in name  # keeps nothing in shared memory
+            resident = "statistics" in name or "round" in name  # nothing in shared memory
             threads, shared = sizes[tiles]
             found.append(
                 Kernel(

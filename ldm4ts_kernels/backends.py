@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ldm4ts_kernels import native, wheels
+from ldm4ts_kernels import native, native_int8, wheels
 from ldm4ts_kernels.requirements import (
     HALF,
     HALF_OR_SINGLE,
@@ -143,6 +143,11 @@ def _native(arguments: Arguments) -> Result:
     )
 
 
+def _native_int8(arguments: Arguments) -> Result:
+    query, key, value, _, _, is_causal, scale, return_lse = arguments
+    return native_int8.int8_attention(query, key, value, is_causal, scale, return_lse)
+
+
 def _triton(arguments: Arguments) -> Result:
     from ldm4ts_kernels.kernels.flash import flash_attention
 
@@ -251,6 +256,23 @@ FLASH_ATTN4 = Backend(
     wheels.flash_attn4,
     declines=_declines_unmeasured,
 )
+NATIVE_INT8 = Backend(
+    "native_int8",
+    Requires(
+        loads=native_int8.load_error,
+        device="cuda",
+        capability=(8, 0),
+        dtypes=HALF,
+        max_head_dim=native.MAX_HEAD_DIM,
+        masks=frozenset(),
+        dropout=False,
+        unequal_head_dims=False,
+        any_stride=False,
+        extra=(_no_keys, _no_queries, _native_device),
+    ),
+    _native_int8,
+    declines=_declines_unmeasured,
+)
 TRITON_INT8 = Backend(
     "triton_int8",
     Requires(
@@ -309,5 +331,5 @@ SDPA = Backend("sdpa", Requires(lse=False, transforms=True), _sdpa)
 
 CHAINS: dict[str, tuple[Backend, ...]] = {
     "exact": (NATIVE, FLASH_ATTN, TRITON, FLASH_ATTN4, SDPA),
-    "int8": (SAGEATTENTION2, SAGEATTENTION, TRITON_INT8, SDPA),
+    "int8": (NATIVE_INT8, SAGEATTENTION2, SAGEATTENTION, TRITON_INT8, SDPA),
 }

@@ -294,5 +294,5 @@ def test_auto_uses_no_own_kernel_on_a_gpu_that_it_was_not_measured_on(monkeypatc
     monkeypatch.setattr(backends, "capability", lambda device: (8, 6))
     call = CALL._replace(device=torch.device("cuda", 0))
     for row in (*CHAINS["exact"], *CHAINS["int8"]):
-        if row.name in ("native", "triton", "triton_int8"):
+        if row.name in ("native", "triton", "native_int8", "triton_int8"):
             assert "not yet measured" in row.declines(call)

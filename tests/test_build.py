@@ -105,10 +105,16 @@ def test_every_kernel_is_compiled_once_a_head_dim_for_the_chosen_architectures(p
     )
     assert ran.returncode == 0, ran.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
-    head_dims = re.findall(r"X\((\d+)\)", (ROOT / "csrc/dispatch.h").read_text())
-    assert len(calls) == len(head_dims) * 2 + 2  # forward, backward; ops.cpp and the link
+    exact, int8 = (
+        re.findall(r"X\((\d+)\)", text)
+        for text in (ROOT / "csrc/dispatch.h").read_text().split("#define LDM_INT8_HEAD_DIMS")
+    )
+    # forward and backward; INT8; the quantiser, ops.cpp and the link
+    assert len(calls) == 2 * len(exact) + len(int8) + 3
     assert all("code=sm_86" in call and "[sm_90a,compute_90a]" in call for call in calls[:-1])
-    assert {f"-DLDM_HEAD_DIM={dim}" for dim in head_dims} <= set(" ".join(calls).split())
+    defined = {f"-DLDM_HEAD_DIM={dim}" for dim in exact}
+    defined |= {f"-DLDM_INT8_HEAD_DIM={dim}" for dim in int8}
+    assert defined <= set(" ".join(calls).split())
 
 
 @pytest.mark.parametrize(
@@ -172,7 +178,7 @@ def test_no_kernel_spills_and_each_fits_every_gpu_it_serves(resources):
     if shutil.which("cuobjdump") is None and importlib.util.find_spec("triton") is None:
         pytest.skip("cuobjdump is neither on PATH nor in an installed triton")
     found = resources.kernels(native.LIBRARY)
-    assert {kernel.head_dim for kernel in found} == set(resources.HEAD_DIMS)
+    assert {kernel.head_dim for kernel in found} == {0, *resources.HEAD_DIMS}
     for kernel in found:
         assert kernel.stack_bytes <= 8, kernel  # one pointer, read once a stage
         for capability in (80, 86, 89, 90):

@@ -12,7 +12,7 @@ LAYERS = (
     ("kernels.flash_forward", "kernels.quantize", "kernels.row_terms", "kernels.query_splits"),
     ("kernels.flash_backward",),
     ("kernels.flash", "kernels.int8_backward", "native"),
-    ("kernels.int8", "wheels"),
+    ("kernels.int8", "native_int8", "wheels"),
     ("backends",),
     ("attention", "operators"),
     ("plugged_layer", "sdpa_override", "checkpointing"),

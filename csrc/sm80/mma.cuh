@@ -6,13 +6,15 @@
 //   A (16×16): a[0] = (g, 2t..2t+1)  a[1] = (g+8, 2t..)  a[2] = (g, 2t+8..)  a[3] = (g+8, 2t+8..)
 //   B (16×8):  b0 = (2t..2t+1, g)    b1 = (2t+8.., g)
 //   C (16×8):  c[0..1] = (g, 2t..2t+1)  c[2..3] = (g+8, 2t..2t+1)
+// m16n8k32 of INT8 has the same in bytes: where 2t..2t+1 counts 16-bit elements, 4t..4t+3 are INT8.
 #pragma once
 #include "../types.h"
 
 #define LDM_DEVICE __device__ __forceinline__
 #define LDM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-#define LDM_PARAMS const __grid_constant__ FlashParams
 #define LDM_LIKELY(condition) __builtin_expect(condition, 1)
+#define LDM_PARAMS_OF(type) const __grid_constant__ type
+#define LDM_PARAMS LDM_PARAMS_OF(FlashParams)
 #define LDM_UNROLL _Pragma("unroll")
 #define LDM_ROLLED _Pragma("unroll 1")
 
@@ -36,6 +38,9 @@ LDM_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Never part of a fused multiply-add, which would round once where the oracle rounds twice.
+LDM_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }
+LDM_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 LDM_DEVICE float natural_log(float x) { return __logf(x); }
 LDM_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 LDM_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
@@ -73,6 +78,17 @@ LDM_DEVICE void mma(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same of four INT8 a word, where c's bits are counted up: see kIntegerZero.
+LDM_DEVICE void mma(Int8, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint32_t d[4];
+  LDM_UNROLL for (int i = 0; i < 4; ++i) d[i] = __float_as_uint(c[i]);
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  LDM_UNROLL for (int i = 0; i < 4; ++i) c[i] = __uint_as_float(d[i]);
+}
+
 // ---- shared memory, by 32-bit address
 
 // Four 8×8 matrices of 16-bit elements; lanes 8i..8i+7 hold the addresses of matrix i's rows.
@@ -94,6 +110,10 @@ LDM_DEVICE void store_shared(uint32_t address, uint32_t word) {
 LDM_DEVICE void store_shared(uint32_t address, Chunk x) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.words[0]),
                "r"(x.words[1]), "r"(x.words[2]), "r"(x.words[3])
+               : "memory");
+}
+LDM_DEVICE void store_shared(uint32_t address, Integers x) {
+  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(x.words[0]), "r"(x.words[1])
                : "memory");
 }
 LDM_DEVICE Chunk load_shared_chunk(uint32_t address) {

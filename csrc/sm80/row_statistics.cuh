@@ -10,14 +10,6 @@ LDM_DEVICE float* statistics_at(const FlashParams& p, int batch, int head, int q
   return p.statistics + (head_index * padded_queries(p) + query) * 2;
 }
 
-// 8 elements of a row, those past the head dim or of a row that does not exist 0.
-LDM_DEVICE Chunk load_chunk(Rows rows, int row, int chunk, int n_rows, int head_dim) {
-  const int count = row < n_rows ? head_dim - chunk * kChunk : 0;
-  const uint16_t* source = rows.data + row * rows.stride + chunk * kChunk;
-  if (!rows.vector) return load_ragged_chunk(source, count);
-  return count > 0 ? *reinterpret_cast<const Chunk*>(source) : Chunk{{0, 0, 0, 0}};
-}
-
 template <typename T>
 LDM_DEVICE float dot(T, const Chunk& a, const Chunk& b) {
   float sum = 0.0f;

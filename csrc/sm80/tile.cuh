@@ -106,6 +106,14 @@ LDM_DEVICE Chunk load_ragged_chunk(const uint16_t* source, int count) {
   return chunk;
 }
 
+// 8 elements of a row, those past the head dim or of a row that does not exist 0.
+LDM_DEVICE Chunk load_chunk(Rows rows, int row, int chunk, int n_rows, int head_dim) {
+  const int count = row < n_rows ? head_dim - chunk * kChunk : 0;
+  const uint16_t* source = rows.data + row * rows.stride + chunk * kChunk;
+  if (!rows.vector) return load_ragged_chunk(source, count);
+  return count > 0 ? *reinterpret_cast<const Chunk*>(source) : Chunk{{0, 0, 0, 0}};
+}
+
 // tile[i] = rows[first + i]; zeros past the last row and past the head dim. Asynchronous where the
 // alignment allows: complete after copy_commit, copy_wait and sync_block.
 template <int kRows, int kThreads, int kColumns>

@@ -24,8 +24,8 @@ int probe() {
   return 0;
 }
 
-template <auto kKernel>
-int launch(int64_t blocks, int threads, int shared_bytes, const FlashParams& p, cudaStream_t) {
+template <auto kKernel, class Params>
+int launch(int64_t blocks, int threads, int shared_bytes, const Params& p, cudaStream_t) {
   if (shared_bytes > device_limits().shared_bytes) return 1;
   emulation::machine().run(blocks, threads, shared_bytes, [&] { kKernel(p); });
   return 0;

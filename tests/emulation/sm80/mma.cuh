@@ -9,8 +9,9 @@
 
 #define LDM_DEVICE inline
 #define LDM_KERNEL(threads, blocks) void
-#define LDM_PARAMS const FlashParams
 #define LDM_LIKELY(condition) __builtin_expect(condition, 1)
+#define LDM_PARAMS_OF(type) const type
+#define LDM_PARAMS LDM_PARAMS_OF(FlashParams)
 #define LDM_UNROLL
 #define LDM_ROLLED
 
@@ -29,6 +30,7 @@ inline void sync_block() { machine().barrier(); }
 // ---- arithmetic
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float product(float x, float y) { return x * y; }  // -std=c++17 fuses nothing
 inline float natural_log(float x) { return std::log(x); }
 inline float shuffle_xor(float x, int lanes) {
   struct In {
@@ -52,6 +54,7 @@ To bits_as(From from) {
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
+inline uint32_t bits_of(float x) { return bits_as<uint32_t>(x); }
 inline float to_float(Half x) { return bits_as<_Float16>(x.bits); }
 inline float to_float(BFloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
 inline uint16_t round_to(Half, float x) { return bits_as<uint16_t>(static_cast<_Float16>(x)); }
@@ -98,6 +101,40 @@ void mma(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         float sum = in[lane].c[e];
         for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
         outs[lane].c[e] = sum;
+      }
+    }
+  });
+  std::memcpy(c, out.c, sizeof(c));
+}
+
+// The same of four INT8 a word, where c's bits are counted up.
+inline void mma(Int8, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct In {
+    uint32_t c[4], a[4], b[2];
+  };
+  struct Out {
+    uint32_t c[4];
+  };
+  In mine = {{}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  std::memcpy(mine.c, c, sizeof(c));
+  const Out out = machine().collective<In, Out>(mine, [](const In* in, Out* outs) {
+    const auto element = [](uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i)); };
+    int left[16][32], right[32][8];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 16; ++i) {  // a[half of the rows + 2 · half of k], element i % 4
+        left[g + i / 4 % 2 * 8][4 * t + i / 8 * 16 + i % 4] = element(in[lane].a[i / 4], i % 4);
+      }
+      for (int i = 0; i < 8; ++i) {
+        right[4 * t + i / 4 * 16 + i % 4][g] = element(in[lane].b[i / 4], i % 4);
+      }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        int sum = 0;
+        for (int k = 0; k < 32; ++k) sum += left[row][k] * right[k][column];
+        outs[lane].c[e] = in[lane].c[e] + static_cast<uint32_t>(sum);
       }
     }
   });
