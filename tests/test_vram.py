@@ -132,7 +132,7 @@ def test_the_estimate_is_what_a_gpu_measured():
     assert [row["batch_size"] for row in rows] == ["1", "4", "16"]
     for row in rows:
         estimated = memory_law(step).peak(int(row["batch_size"])).total + WORKSPACES
-        assert estimated / 2**20 == pytest.approx(float(row["allocated_mib"]), rel=0.01)
+        assert estimated / 2**20 == pytest.approx(float(row["allocated_mib"]), rel=0.03)
 
 
 def fitting(batch_size: int, **settings: object) -> float:
