@@ -176,16 +176,15 @@ SOURCES = {"attention_gains": "attention_speed", **training_tables.SOURCES}
 
 
 def fill(text: str) -> str:
-    """Return the text with every marked table made anew; one without results stays as it is."""
+    """Return the text with every marked table made anew; one without lines stays as it is."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
         results = SOURCES.get(name, name)
-        file = RESULTS / f"{results}.csv"
-        if not file.exists() or (name == "estimate_accuracy" and "in_all" not in file.read_text()):
+        lines = TABLES[name](read(results)) if (RESULTS / f"{results}.csv").exists() else []
+        if not lines:
             return match[0]
-        rows = read(results)
-        return "\n".join([f"<!-- table: {name} -->", *TABLES[name](rows), "<!-- end -->"])
+        return "\n".join([f"<!-- table: {name} -->", *lines, "<!-- end -->"])
 
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
