@@ -45,18 +45,22 @@ cudaError_t allow_shared(int bytes) {
   return error;
 }
 
-// How many blocks of a kernel an SM holds; asked once a kernel and device.
+// How many blocks of a kernel an SM holds, 0 where one asks for more than there is; asked once a
+// kernel and device.
 template <auto kKernel>
 int resident_blocks(int threads, int shared_bytes) {
-  static std::atomic<int> known[kDevices];
+  static std::atomic<int> known[kDevices];  // one more than the answer
   const int slot = device_slot();
-  int blocks = known[slot].load(std::memory_order_relaxed);
-  if (blocks == 0) {
-    allow_shared<kKernel>(shared_bytes);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes);
-    known[slot].store(blocks = blocks > 0 ? blocks : 1, std::memory_order_relaxed);
+  int found = known[slot].load(std::memory_order_relaxed);
+  if (found == 0) {
+    int blocks = 0;
+    if (allow_shared<kKernel>(shared_bytes) == cudaSuccess) {
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes);
+    }
+    cudaGetLastError();  // too large a tile is a reason to take another, no error
+    known[slot].store(found = blocks + 1, std::memory_order_relaxed);
   }
-  return blocks;
+  return found - 1;
 }
 
 template <auto kKernel>

@@ -181,6 +181,7 @@ def test_no_kernel_spills_and_each_fits_every_gpu_it_serves(resources):
     assert {kernel.head_dim for kernel in found} == {0, *resources.HEAD_DIMS}
     for kernel in found:
         assert kernel.stack_bytes <= 8, kernel  # one pointer, read once a stage
-        for capability in (80, 86, 89, 90):
+        wide = kernel.name == "flash_fwd_kernel" and "(Shape)0" in kernel.tiles  # narrow ones serve
+        for capability in (80, 90) if wide else (80, 86, 89, 90):
             assert kernel.shared_bytes <= resources.SHARED_A_BLOCK[capability] * 1024, kernel
             assert kernel.blocks(capability) >= 1, kernel

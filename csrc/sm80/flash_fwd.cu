@@ -21,6 +21,7 @@ int launch_tiles(const FlashParams& p, cudaStream_t stream) {
 template <typename T, class C>
 int64_t queries_an_sm(const FlashParams& p) {
   const int resident = resident_blocks<flash_fwd_kernel<T, C, false>>(C::kThreads, C::kSharedBytes);
+  if (resident == 0) return INT32_MAX;
   const int64_t wave = static_cast<int64_t>(resident) * device_limits().processors;
   return ceil_div(count_blocks<C>(p), wave) * resident * C::kBlockQ;
 }

@@ -1,7 +1,7 @@
 // Every block size of the mma.sync kernels. Kernels contain no numbers.
 //
-// Each row spills on neither sm_80 nor sm_90 and fits 99 KiB (sm_86, sm_89) unless its table says
-// 163 (sm_80, and sm_90 through the same kernels).
+// Each row fits 99 KiB (sm_86, sm_89), and a wide one of the forward 163 (sm_80, and sm_90 through
+// the same kernels): where one does not fit, the narrow one serves.
 #pragma once
 #include "../params.h"
 #include "../types.h"
@@ -129,7 +129,9 @@ struct FwdTiles {
   static constexpr int kStages = kRow.stages;
   static constexpr bool kKept = kRow.kept;
   static constexpr int kSharedBytes = (kBlockQ + kSlice + 2 * kStages * kBlockK) * kPadded * 2;
-  static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
+  static_assert(kRow.head_dim == kDim &&
+                    kSharedBytes <= (kShape == Shape::kWide ? kShared163 : kShared99),
+                "no row, or too large a one");
 };
 // Up to this many keys, a head dim's tiles for few, if it has any.
 constexpr int kFewFwdKeys = 128;

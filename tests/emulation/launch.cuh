@@ -10,7 +10,7 @@ struct DeviceLimits {
   int shared_bytes;
 };
 inline DeviceLimits& device_limits() {
-  static DeviceLimits limits = {1, 99 * 1024};
+  static DeviceLimits limits = {1, 163 * 1024};
   return limits;
 }
 
