@@ -146,13 +146,9 @@ def record_launches(
             yield recorder.kernel, args, kwargs
 
 
-def compile_launch(
-    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: tuple[int, int]
-) -> Any:
-    """Compile one launch for a GPU of `capability`, specialised as Triton would specialise it."""
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
-    values = dict(zip(kernel.arg_names, args, strict=False))
-    values |= {name: value for name, value in kwargs.items() if name not in options}
+def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ASTSource:
+    """Return what Triton compiles for one launch, specialised as Triton would specialise it."""
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = values[name]
@@ -170,9 +166,16 @@ def compile_launch(
             signature[name] = "i32"
             if value % 16 == 0:
                 attributes[index,] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_launch(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: tuple[int, int]
+) -> Any:
+    """Compile one launch for a GPU of `capability`."""
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source_of(kernel, args, kwargs), target=target, options=options)
 
 
 def read_resources(compiled: Any) -> tuple[int, int]:

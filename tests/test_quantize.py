@@ -1,5 +1,10 @@
 """The INT8 quantiser against the reference: integers, scales, the token mean, the LSE's shift."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -84,3 +89,11 @@ def test_rows_of_any_stride_are_read_without_a_copy(device, poison):
     assert not dense.is_contiguous()
     ours, theirs = (quantised(x, x)[0] for x in (dense, dense.contiguous()))
     assert all(map(torch.equal, ours, theirs))
+
+
+def test_the_compiler_takes_every_variant():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.quantiser_variants"]
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -118,6 +118,50 @@ def _without_mean(k, mean, inside):
 
 
 @triton.jit
+def _quantise_query(
+    ptr, int8_ptr, scale_ptr, stride_b, stride_h, stride_n, program, H, Q,
+    D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Q, BLOCK)
+    start = (program % blocks) * BLOCK
+    head_index = (program // blocks).to(tl.int64)
+    ptr += (head_index // H) * aligned(stride_b, STEP)
+    ptr += (head_index % H) * aligned(stride_h, STEP)
+    q = load_parts(ptr, start, aligned(stride_n, STEP), Q, BLOCK, QK_0, QK_1, D, True)
+    _quantise_and_store(
+        int8_ptr + head_index * Q * WIDTH, scale_ptr + head_index * blocks,
+        float32_parts(q, QK_1), start, Q, WIDTH, QK_0, QK_1, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum_key(
+    ptr, sum_ptr, stride_b, stride_h, stride_n, program, kv_heads, K, parts, rows_a_part,
+    D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Store the sum of one head's keys over one part of the tokens."""
+    part = program % parts
+    head_index = (program // parts).to(tl.int64)
+    ptr += (head_index // kv_heads) * aligned(stride_b, STEP)
+    ptr += (head_index % kv_heads) * aligned(stride_h, STEP)
+    row = aligned(stride_n, STEP)
+    low = part * rows_a_part
+    high = tl.minimum(K, low + rows_a_part)
+    total = zero_parts(ROWS, QK_0, QK_1)
+    for start in range(low, high, ROWS):
+        k = load_parts(ptr, start, row, high, ROWS, QK_0, QK_1, D, True)
+        total = add_parts(total, float32_parts(k, QK_1), QK_1)
+    sum_ptr += (head_index * parts + part) * WIDTH
+    _store_row(sum_ptr, tl.sum(total[0], 0), 0, WIDTH, QK_0)
+    if QK_1 > 0:
+        _store_row(sum_ptr, tl.sum(total[1], 0), QK_0, WIDTH, QK_1)
+
+
+# What a branch on a run-time number sets must have one type in both: strides and lengths of 1 are
+# compile-time constants, so each branch is a function of its own.
+@triton.jit
 def _query_kernel(
     q_ptr, k_ptr, q_int8_ptr, q_scale_ptr, sum_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -125,39 +169,68 @@ def _query_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
     STEP: tl.constexpr, BLOCK: tl.constexpr, MEAN_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantise one block of the query or, in the programs that follow those, sum keys.
-
-    A sum is that of one head's keys over one part of the tokens.
-    """
+    """Quantise one block of the query or, in the programs that follow those, sum keys."""
     program = tl.program_id(0)
     if program < query_programs:
-        blocks = tl.cdiv(Q, BLOCK)
-        start = (program % blocks) * BLOCK
-        head_index = (program // blocks).to(tl.int64)
-        q_ptr += (head_index // H) * aligned(stride_qb, STEP)
-        q_ptr += (head_index % H) * aligned(stride_qh, STEP)
-        q = load_parts(q_ptr, start, aligned(stride_qn, STEP), Q, BLOCK, QK_0, QK_1, D, True)
-        _quantise_and_store(
-            q_int8_ptr + head_index * Q * WIDTH, q_scale_ptr + head_index * blocks,
-            float32_parts(q, QK_1), start, Q, WIDTH, QK_0, QK_1, BLOCK,
+        _quantise_query(
+            q_ptr, q_int8_ptr, q_scale_ptr, stride_qb, stride_qh, stride_qn, program, H, Q,
+            D, WIDTH, QK_0, QK_1, STEP, BLOCK,
         )  # fmt: skip
     else:
-        part = (program - query_programs) % parts
-        head_index = ((program - query_programs) // parts).to(tl.int64)
-        kv_heads = H // groups
-        k_ptr += (head_index // kv_heads) * aligned(stride_kb, STEP)
-        k_ptr += (head_index % kv_heads) * aligned(stride_kh, STEP)
-        stride_kn = aligned(stride_kn, STEP)
-        sum_ptr += (head_index * parts + part) * WIDTH
-        low = part * rows_a_part
-        high = tl.minimum(K, low + rows_a_part)
-        total = zero_parts(MEAN_ROWS, QK_0, QK_1)
-        for start in range(low, high, MEAN_ROWS):
-            k = load_parts(k_ptr, start, stride_kn, high, MEAN_ROWS, QK_0, QK_1, D, True)
-            total = add_parts(total, float32_parts(k, QK_1), QK_1)
-        _store_row(sum_ptr, tl.sum(total[0], 0), 0, WIDTH, QK_0)
+        _sum_key(
+            k_ptr, sum_ptr, stride_kb, stride_kh, stride_kn, program - query_programs,
+            H // groups, K, parts, rows_a_part, D, WIDTH, QK_0, QK_1, STEP, MEAN_ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _quantise_key(
+    ptr, sum_ptr, int8_ptr, scale_ptr, mean_ptr, stride_b, stride_h, stride_n, program, kv_heads,
+    K, parts, D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
+    STEP: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(K, BLOCK)
+    start = (program % blocks) * BLOCK
+    head_index = (program // blocks).to(tl.int64)
+    ptr += (head_index // kv_heads) * aligned(stride_b, STEP)
+    ptr += (head_index % kv_heads) * aligned(stride_h, STEP)
+    k = load_parts(ptr, start, aligned(stride_n, STEP), K, BLOCK, QK_0, QK_1, D, True)
+    sum_ptr += head_index * parts * WIDTH
+    mean = _load_mean(sum_ptr, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS)
+    if start == 0:
+        _store_row(mean_ptr + head_index * WIDTH, mean[0], 0, WIDTH, QK_0)
         if QK_1 > 0:
-            _store_row(sum_ptr, tl.sum(total[1], 0), QK_0, WIDTH, QK_1)
+            _store_row(mean_ptr + head_index * WIDTH, mean[1], QK_0, WIDTH, QK_1)
+    inside = start + tl.arange(0, BLOCK) < K
+    if QK_1 == 0:
+        k = (_without_mean(k[0], mean[0], inside),)
+    else:
+        k = (_without_mean(k[0], mean[0], inside), _without_mean(k[1], mean[1], inside))
+    _quantise_and_store(
+        int8_ptr + head_index * K * WIDTH, scale_ptr + head_index * blocks, k, start, K,
+        WIDTH, QK_0, QK_1, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_shift(
+    ptr, sum_ptr, shift_ptr, stride_b, stride_h, stride_n, program, H, groups, Q, K, scale, parts,
+    D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
+    STEP: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Q, BLOCK)
+    start = (program % blocks) * BLOCK
+    head_index = (program // blocks).to(tl.int64)
+    batch, head = head_index // H, head_index % H
+    ptr += batch * aligned(stride_b, STEP) + head * aligned(stride_h, STEP)
+    q = load_parts(ptr, start, aligned(stride_n, STEP), Q, BLOCK, QK_0, QK_1, D, True)
+    sum_ptr += (batch * (H // groups) + head // groups) * parts * WIDTH
+    mean = _load_mean(sum_ptr, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS)
+    shift = tl.sum(q[0].to(tl.float32) * mean[0][None, :], 1)
+    if QK_1 > 0:
+        shift += tl.sum(q[1].to(tl.float32) * mean[1][None, :], 1)
+    rows = start + tl.arange(0, BLOCK)
+    tl.store(shift_ptr + head_index * Q + rows, shift * scale, mask=rows < Q)
 
 
 @triton.jit
@@ -168,48 +241,22 @@ def _key_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, QK_0: tl.constexpr, QK_1: tl.constexpr,
     STEP: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Quantise one block of the key or, in the programs that follow those, store rows' shift."""
+    """Quantise one block of the key or, in the programs that follow those, store rows' shift.
+
+    Without a pointer to the shift no such programs follow, and none may be compiled.
+    """
     program = tl.program_id(0)
-    kv_heads = H // groups
     if program < key_programs:
-        blocks = tl.cdiv(K, BLOCK)
-        start = (program % blocks) * BLOCK
-        head_index = (program // blocks).to(tl.int64)
-        k_ptr += (head_index // kv_heads) * aligned(stride_kb, STEP)
-        k_ptr += (head_index % kv_heads) * aligned(stride_kh, STEP)
-        k = load_parts(k_ptr, start, aligned(stride_kn, STEP), K, BLOCK, QK_0, QK_1, D, True)
-        mean = _load_mean(
-            sum_ptr + head_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
-        )
-        if start == 0:
-            _store_row(mean_ptr + head_index * WIDTH, mean[0], 0, WIDTH, QK_0)
-            if QK_1 > 0:
-                _store_row(mean_ptr + head_index * WIDTH, mean[1], QK_0, WIDTH, QK_1)
-        inside = start + tl.arange(0, BLOCK) < K
-        if QK_1 == 0:
-            k = (_without_mean(k[0], mean[0], inside),)
-        else:
-            k = (_without_mean(k[0], mean[0], inside), _without_mean(k[1], mean[1], inside))
-        _quantise_and_store(
-            k_int8_ptr + head_index * K * WIDTH, k_scale_ptr + head_index * blocks, k, start, K,
-            WIDTH, QK_0, QK_1, BLOCK,
+        _quantise_key(
+            k_ptr, sum_ptr, k_int8_ptr, k_scale_ptr, mean_ptr, stride_kb, stride_kh, stride_kn,
+            program, H // groups, K, parts, D, WIDTH, QK_0, QK_1, STEP, MAX_PARTS, BLOCK,
         )  # fmt: skip
     else:
-        blocks = tl.cdiv(Q, BLOCK)
-        start = ((program - key_programs) % blocks) * BLOCK
-        head_index = ((program - key_programs) // blocks).to(tl.int64)
-        batch, head = head_index // H, head_index % H
-        q_ptr += batch * aligned(stride_qb, STEP) + head * aligned(stride_qh, STEP)
-        q = load_parts(q_ptr, start, aligned(stride_qn, STEP), Q, BLOCK, QK_0, QK_1, D, True)
-        kv_index = batch * kv_heads + head // groups
-        mean = _load_mean(
-            sum_ptr + kv_index * parts * WIDTH, parts, K, WIDTH, QK_0, QK_1, MAX_PARTS
-        )
-        shift = tl.sum(q[0].to(tl.float32) * mean[0][None, :], 1)
-        if QK_1 > 0:
-            shift += tl.sum(q[1].to(tl.float32) * mean[1][None, :], 1)
-        rows = start + tl.arange(0, BLOCK)
-        tl.store(shift_ptr + head_index * Q + rows, shift * scale, mask=rows < Q)
+        if shift_ptr is not None:
+            _store_shift(
+                q_ptr, sum_ptr, shift_ptr, stride_qb, stride_qh, stride_qn, program - key_programs,
+                H, groups, Q, K, scale, parts, D, WIDTH, QK_0, QK_1, STEP, MAX_PARTS, BLOCK,
+            )  # fmt: skip
 
 
 def empty_quantised(query: Tensor, key: Tensor) -> Quantised:
