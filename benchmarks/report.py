@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PEERS = {"sdpa flash": "FlashAttention-2", "sdpa cudnn": "cuDNN", "flex": "FlexAttention"}
 OWN = ("native", "triton")  # our exact kernels
+FLASH = "sdpa flash"
+EXACT_PEERS = (FLASH, "sdpa cudnn", "sdpa efficient", "flex")
 
 
 def kept_activations(rows: Rows) -> list[str]:
@@ -124,6 +126,24 @@ def attention_gains(rows: Rows) -> list[str]:
     return [*lines, "", source(rows)]
 
 
+def native_speed(rows: Rows) -> list[str]:
+    """One line a shape: the compiled kernels beside FlashAttention-2 and the best exact peer."""
+    times = device_times(rows)
+    lines = ["| B, H, N_q, N_k, D | FlashAttention-2 | best exact peer | native | FA2 ÷ native "]
+    lines = [lines[0] + "| best peer ÷ native |", "|---" * 6 + "|"]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        cells: list[list[str]] = [[] for _ in range(5)]
+        for each in ("forward", "forward+backward"):
+            ours, flash = (times.get((shape, name, each)) or "–" for name in ("native", FLASH))
+            peers = [time for name in EXACT_PEERS if (time := times.get((shape, name, each)))]
+            best = min(peers, key=float)
+            found = (flash, best, ours, _ratio(flash, ours), _ratio(best, ours))
+            for cell, text in zip(cells, found, strict=True):
+                cell.append(text)
+        lines.append(f"| {' | '.join([shape.replace('x', ', '), *map(' / '.join, cells)])} |")
+    return [*lines, "", source(rows)]
+
+
 def accuracy(rows: Rows) -> list[str]:
     """One line a head dim, deviation and backend, in bf16: relative errors and the worst cosine."""
     names = ("out", "dq", "dk", "dv")
@@ -165,6 +185,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "attention_gains": attention_gains,
     "attention_speed": attention_speed,
     "kept_activations": kept_activations,
+    "native_speed": native_speed,
     "unet_step": unet_step,
     "vram_accuracy": vram_accuracy,
     **training_tables.TABLES,
@@ -172,7 +193,11 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
 
 
 # Of tables whose results have another name.
-SOURCES = {"attention_gains": "attention_speed", **training_tables.SOURCES}
+SOURCES = {
+    "attention_gains": "attention_speed",
+    "native_speed": "attention_speed",
+    **training_tables.SOURCES,
+}
 
 
 def fill(text: str) -> str:
