@@ -30,7 +30,7 @@ def build_optimizer(
     rate = torch.tensor(learning_rate, device=device) if device.type == "cuda" else learning_rate
     groups: Any = [{"params": [p]} for p in parameters] if one_by_one else parameters
     if name == "adamw8bit":
-        return _build_8bit(groups, rate, weight_decay)
+        return load_8bit()(groups, lr=rate, weight_decay=weight_decay, bf16_stochastic_round=True)
     on_gpu = device.type == "cuda"
     return torch.optim.AdamW(
         groups, lr=rate, weight_decay=weight_decay, fused=on_gpu, capturable=on_gpu
@@ -38,14 +38,14 @@ def build_optimizer(
 
 
 def load_8bit() -> Any:
-    """Return torchao's AdamW8bit; ImportError, with what to install, where there is none."""
+    """Return the class with 8-bit states; ImportError, with what to install, without torchao."""
     try:
-        from torchao.optim import AdamW8bit
+        from ldm4ts_kernels.eight_bit import BlockwiseAdamW8bit
     except (ImportError, OSError) as error:
         raise ImportError(
             f"adamw8bit needs torchao (pip install 'ldm4ts-kernels[lean]'): {error}"
         ) from error
-    return AdamW8bit
+    return BlockwiseAdamW8bit
 
 
 def missing_8bit() -> str | None:
@@ -55,25 +55,6 @@ def missing_8bit() -> str | None:
     except ImportError as error:
         return f"{error}"
     return None
-
-
-def _build_8bit(groups: Any, rate: Any, weight_decay: float) -> torch.optim.Optimizer:
-    base: Any = load_8bit()
-
-    class _AdamW8bit(base):
-        """Compiles its update on a GPU alone, and keeps the count of steps there."""
-
-        def step(self, closure: None = None) -> None:
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            fresh = [p for p in parameters if p.grad is not None and not self.state[p]]
-            eager = fresh or not parameters[0].is_cuda
-            with torch.compiler.set_stance("force_eager" if eager else "default"):
-                super().step(closure)
-            for parameter in fresh:
-                state = self.state[parameter]
-                state["step"] = state["step"].to(parameter.device)
-
-    return _AdamW8bit(groups, lr=rate, weight_decay=weight_decay, bf16_stochastic_round=True)
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int) -> float:
