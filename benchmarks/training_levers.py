@@ -22,7 +22,9 @@ from ldm4ts_kernels.optimizers import build_optimizer, step_in_backward
 from ldm4ts_kernels.process import accelerator_of_one_run
 from ldm4ts_kernels.training_step import StageLoss, TrainingStep
 
-UNTIMED, TIMED = 5, 12  # steps; the first three run as they are, the fourth is captured
+# Steps that are not timed, and those that are, launch by launch and as a graph: of the latter, the
+# first three run as they are and the fourth is captured.
+STEPS = {False: (4, 8), True: (6, 20)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class Levers:
     in_backward: bool = False
     accumulate: int = 1
     graph: bool = True  # and cached latents
-    compiled: bool = False
 
 
 GUIDE = (
@@ -58,11 +59,6 @@ OURS = (
     replace(LEAN, name="+ bf16 weights"),
     replace(LEAN, in_backward=True),
 )
-# A minute or more of compilation each.
-COMPILED = (
-    Levers("compiled, bf16", compiled=True),
-    Levers("compiled, bf16, budget 0.3", checkpointing="budget:0.3"),
-)
 
 
 @contextmanager
@@ -76,7 +72,6 @@ def prepared(levers: Levers, px: int, batch_size: int) -> Iterator[tuple[Any, di
                 attention_backend=levers.attention,
                 enable_gradient_checkpointing=levers.checkpointing,
             )
-        model.configure(levers.attention, levers.checkpointing, levers.compiled)
         batch = _batch(model, batch_size, encoded=levers.graph)
         loss = accelerator.prepare_model(StageLoss(model, "forecaster"), evaluation_mode=True)
         graphs = CudaGraphs(model.device) if levers.graph else None
@@ -89,14 +84,14 @@ def prepared(levers: Levers, px: int, batch_size: int) -> Iterator[tuple[Any, di
         call.forget()
 
 
-def measure(call: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def measure(call: Any, batch: dict[str, Any], untimed: int, timed: int) -> dict[str, Any]:
     """Take steps and return their median milliseconds, host and device, and the peak memory.
 
     allocated: the peak of tensors and workspaces; in_all: what the caching allocator reserved for
     them and what the driver counts for the process beyond it.
     """
     times, losses = [], []
-    for _ in range(UNTIMED + TIMED):
+    for _ in range(untimed + timed):
         torch.cuda.synchronize()
         began = time.perf_counter()
         loss = call(batch)["loss"]
@@ -107,7 +102,7 @@ def measure(call: Any, batch: dict[str, Any]) -> dict[str, Any]:
     context = total - free - torch.cuda.memory_reserved()
     return {
         "captured": call.replay is not None,
-        "ms": round(statistics.median(times[UNTIMED:]), 2),
+        "ms": round(statistics.median(times[untimed:]), 2),
         "allocated_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1),
         "in_all_mib": round((torch.cuda.max_memory_reserved() + context) / 2**20, 1),
         "last_loss": round(losses[-1], 5),
