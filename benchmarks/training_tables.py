@@ -179,8 +179,9 @@ def _mean(rows: Rows, name: str) -> float:
 def _evaluated(rows: Rows) -> str:
     counts = dict.fromkeys(f"{row['windows']} of {row['windows_in_all']}" for row in rows)
     seeds = len({row["seed"] for row in rows})
-    windows = ", ".join(counts)
-    return f"{source(rows)[:-1]} {seeds} seeds; windows scored, evenly spaced: {windows}.*"
+    windows, steps = ", ".join(counts), rows[0]["steps"]
+    trained = f"{seeds} seeds, {steps} steps"
+    return f"{source(rows)[:-1]} {trained}; windows scored, evenly spaced: {windows}.*"
 
 
 def sampling_time(rows: Rows) -> list[str]:
