@@ -142,31 +142,48 @@ TABLES = {
     "int8_key_gradient": INT8_KEY_GRADIENT,
     "int8_query_gradient": INT8_QUERY_GRADIENT,
 }
+ANY = 2**31
+Row = tuple[int, int, int, int] | tuple[int, int, int, int, str]
+# Rows for few keys, LARGE, head dims from 16 on and 16-bit elements without a mask, in place of
+# those above: (largest padded head dim, most keys) → row, None where that above stays. NVIDIA H100,
+# torch 2.11, Triton 3.6, 2026-11-27, bf16, 4 x 8 heads, best by graph replay of 3 to 8 rows a
+# shape: forward at 784 tokens of head dim 16, 196 of 32 and 80, 256 of 160, and 784 and 4096
+# queries of 77 keys at 40; gradients of keys and queries at the first three; one_block at the two
+# of 77 keys. Head dims and lengths between them take the same row, untimed.
+SHORT = {
+    "forward": {(160, 64): None, (64, 128): (64, 32, 4, 2), (160, 128): None,
+                (16, 1023): (64, 64, 4, 3), (160, 511): (64, 64, 4, 3)},
+    "key_gradient": {(16, 511): None, (16, 1023): (64, 128, 4, 3)},
+    "query_gradient": {(64, 511): (64, 64, 4, 2), (96, 511): (64, 64, 4, 3)},
+    "one_block": {(64, 64): None, (64, 128): (128, 64, 8, 2)},
+}  # fmt: skip
 # Rows for Hopper's tensor maps, 16-bit elements, where `problem.takes_tensor_maps`: (largest head
 # dim, most keys) → row, None where pointers are faster. A last word specialises the warps of a row
 # or keeps a maximum (steady); where that may not be, the row of the second table stands in.
-# NVIDIA H100, torch 2.11, Triton 3.6, 2026-11-27, bf16, by
-#     python -m benchmarks.tune --head-dim 40 64 80 128 160 --length 784 4096
-ANY = 2**31
-Row = tuple[int, int, int, int] | tuple[int, int, int, int, str]
+# NVIDIA H100, torch 2.11, Triton 3.6, 2026-11-27, bf16, best by graph replay of 2 to 5 rows a
+# shape, pointers among them where none is given: lengths 784 (head dims 40 and 64), 1024 (80),
+# 4096 (40, 64, 80 and 160), 4608 (128), 16384 (128) and 17776 (64). Between two of these lengths a
+# row changes by guess. `python -m benchmarks.tune` compares such rows at lengths of one's own.
 TMA = {
     "forward": {(48, ANY): (128, 64, 4, 3, "steady"), (64, 2047): (64, 64, 4, 2, "steady"),
                 (64, ANY): (128, 64, 8, 3, "steady"), (96, ANY): (128, 64, 4, 3, "steady"),
                 (160, ANY): (128, 128, 4, 2, "specialise")},
-    "key_gradient": {(48, ANY): None, (64, ANY): (64, 64, 4, 3), (96, ANY): None,
+    "key_gradient": {(48, 2047): None, (64, ANY): (64, 64, 4, 3), (96, ANY): None,
                      (128, ANY): (64, 128, 8, 3), (160, ANY): (32, 64, 4, 3)},
     "query_gradient": {(64, ANY): (128, 64, 8, 3), (96, ANY): (64, 64, 4, 3),
                        (160, ANY): (128, 64, 8, 3)},
-    "int8_forward": {(48, ANY): None, (64, 2047): (64, 64, 4, 2, "steady"),
-                     (64, ANY): (64, 64, 4, 3, "steady"), (128, ANY): (64, 128, 4, 2, "steady")},
-    "int8_key_gradient": {(48, ANY): None, (64, ANY): (64, 64, 4, 3), (96, ANY): None,
-                          (128, ANY): (64, 128, 8, 3), (160, ANY): (32, 64, 4, 3)},
+    "int8_forward": {(48, ANY): (128, 64, 4, 3, "steady"), (64, 2047): (64, 64, 4, 2, "steady"),
+                     (64, 8192): (64, 64, 4, 3, "steady"), (96, ANY): (128, 64, 4, 3, "steady"),
+                     (128, ANY): (64, 128, 4, 2, "steady"), (160, ANY): (64, 64, 4, 3, "steady")},
+    "int8_key_gradient": {(48, ANY): None, (64, ANY): (64, 64, 4, 3), (96, 2047): None,
+                          (96, ANY): (64, 64, 4, 3), (128, ANY): (64, 128, 8, 3),
+                          (160, ANY): (32, 64, 4, 3)},
     "int8_query_gradient": {(96, ANY): (64, 64, 4, 3), (160, ANY): (128, 64, 8, 3)},
 }  # fmt: skip
 TMA_PLAIN = {
     "forward": {(48, ANY): (128, 64, 4, 3), (64, ANY): (64, 128, 4, 2), (96, ANY): (128, 64, 4, 3),
                 (128, ANY): (64, 64, 4, 3), (160, ANY): (128, 32, 4, 3)},
-    "int8_forward": {(128, ANY): (64, 128, 4, 2)},
+    "int8_forward": {(48, ANY): None, (128, ANY): (64, 128, 4, 2), (160, ANY): None},
 }  # fmt: skip
 TMA_HEAD_DIM = 40  # at least
 TMA_LENGTH = 512  # queries and keys, at least
@@ -176,8 +193,13 @@ SPECIALISES = triton.__version__.startswith("3.6.")
 # Rows of query or key that share one INT8 scale. Every tile that a kernel walks over divides it, so
 # that it has one scale.
 QUANT_ROWS = 128
-MEAN_PARTS, MEAN_ROWS = 16, 32  # a head's token mean: parts at most, rows a load
+MEAN_PARTS, MEAN_ROWS = 16, 64  # a head's token mean: parts at most, rows a load
 ONE_BLOCK_KEYS = 128  # a backward whose keys fit one block needs one launch
+
+
+def _row(table: dict[tuple[int, int], Row | None], head_dim: int, key_length: int) -> Row | None:
+    """Return the first row of a table that is for the head dim and length; None for none."""
+    return next((table[d, n] for d, n in table if head_dim <= d and key_length <= n), None)
 
 
 @functools.cache
@@ -192,7 +214,10 @@ def choose(
     """Return the tile of a pass: a key of `TABLES`."""
     padded = sum(split_head_dim(head_dim, capability))
     table = TABLES[stage][shared_memory(capability)]
-    block_q, block_k, warps, stages = next(row for top, row in table.items() if padded <= top)
+    row = next(row for top, row in table.items() if padded <= top)
+    if head_dim >= 16 and itemsize == 2 and not masked and shared_memory(capability) == LARGE:
+        row = _row(SHORT.get(stage, {}), padded, key_length) or row
+    block_q, block_k, warps, stages = row
     if itemsize == 4:  # two warpgroups on 64 float32 rows read past their tile on an H200
         shrink = 2 if padded < 128 else 4  # wider tiles spill
         block_q, block_k = max(16, block_q // shrink), max(16, block_k // shrink)
@@ -203,11 +228,6 @@ def choose(
     if stage == "one_block":
         block_q, block_k, stages = max(16, block_q // (short // block_k or 1)), short, 1
     return Config(block_q, min(block_k, short), warps, stages)
-
-
-def _row(table: dict[tuple[int, int], Row | None], head_dim: int, key_length: int) -> Row | None:
-    """Return the first row of a table that is for the head dim and length; None for none."""
-    return next((table[d, n] for d, n in table if head_dim <= d and key_length <= n), None)
 
 
 @functools.cache
@@ -230,6 +250,8 @@ def choose_tma(
     }
     if not may[word]:
         row, word = _row(TMA_PLAIN[stage], head_dim, key_length), ()
+        if row is None:
+            return None
     return Config(*row[:4], tma=True, specialise="specialise" in word, steady="steady" in word)
 
 
