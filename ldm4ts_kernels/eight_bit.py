@@ -104,4 +104,5 @@ class BlockwiseAdamW8bit(AdamW8bit):
     def _blocks(self, state: Any) -> State:
         if not hasattr(state, "codes"):
             return (state.view(-1),)
-        return state.codes.view(-1, self.block_size), state.scale, state.qmap
+        # Views, as marks for the compiler must not stay with what a checkpoint saves.
+        return state.codes.view(-1, self.block_size), state.scale.view(-1), state.qmap

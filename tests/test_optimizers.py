@@ -115,6 +115,7 @@ def test_a_step_by_blocks_is_torchaos(dtype):
                 optimizer.step_by_blocks() if optimizer is optimizers[1] else optimizer.step()
                 optimizer.zero_grad()
     assert all(map(torch.equal, *map(weights, models)))
+    assert not vars(optimizers[1].state[models[1][0].weight]["exp_avg"].scale)  # for a checkpoint
 
 
 def test_bfloat16_weights_follow_small_updates_by_stochastic_rounding():
