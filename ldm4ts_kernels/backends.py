@@ -85,7 +85,7 @@ def _declines_int8(call: Call) -> str | None:
     if not is_hopper(capability(call.device)):
         return _declines_unmeasured(call)
     if call.needs_grad:
-        return "is measured at 0.7 to 0.9 of triton's speed, exact, on sm_90 with a gradient"
+        return "saves memory, not time, beside triton, exact, on sm_90 with a gradient"
     return "overtakes triton, exact, on sm_90 at about 16000 tokens: ask for it by name"
 
 

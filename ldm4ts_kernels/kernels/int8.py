@@ -208,7 +208,7 @@ def int8_attention(
     """Compute softmax(scale · Q̂ K̂ᵀ + attn_mask) @ value with INT8 query and key; differentiable.
 
     Q̂ is the query, K̂ the key without its token mean, each rounded to 255 levels of the largest
-    value of its 64 rows. Value, weights, sums and gradients are not quantised; the gradients are
+    value of its 128 rows. Value, weights, sums and gradients are not quantised; the gradients are
     those of `reference.quantised_attention`: rounding counts as the identity.
 
     Args:
