@@ -37,35 +37,6 @@ def draw_speed(axes: Axes, passes: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_peaks(axes: Axes) -> None:
-    """Draw the peak of a training step of LDM4TS at batch 4 by image size and precision."""
-    rows = [
-        row
-        for row in read("vram_accuracy")
-        if row["part"] == "forecaster" and row["batch_size"] == "4" and row["px"] in ("224", "512")
-    ]
-    sets = {
-        ("default", "False"): ("default attention", "0.75"),
-        ("flash", "False"): ("ours", "tab:cyan"),
-        ("flash", "True"): ("ours, checkpointed", "tab:blue"),
-    }
-    groups = list(dict.fromkeys((row["px"], row["precision"]) for row in rows))
-    for index, (levers, (label, color)) in enumerate(sets.items()):
-        peaks = [
-            float(row["allocated_mib"]) / 1024
-            for group in groups
-            for row in rows
-            if (row["px"], row["precision"]) == group
-            and (row["backend"], row["gradient_checkpointing"]) == levers
-        ]
-        places = [place + 0.27 * (index - 1) for place in range(len(groups))]
-        bars = axes.bar(places, peaks, width=0.27, label=label, color=color)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.set_xticks(range(len(groups)), [f"{px} px, {precision}" for px, precision in groups])
-    axes.set_ylabel("peak of a training step, GiB")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def draw_levers(axes: Axes, px: str) -> None:
     """Draw memory against speed at batch 4, a point a set of levers; hollow: the guide's claims."""
     rows = [r for r in read("training_levers") if (r["px"], r["batch"]) == (px, "4")]
@@ -77,6 +48,9 @@ def draw_levers(axes: Axes, px: str) -> None:
         axes.annotate(row["name"], place, xytext=(4, 3), textcoords="offset points", fontsize=7)
         if claim and px == "224":
             axes.scatter(claim[0], claim[2] / 100, facecolors="none", edgecolors="0.55", s=24)
+    axes.set_yscale("log")
+    axes.set_yticks((0.5, 1, 2, 4, 8), ("0.5", "1", "2", "4", "8"))
+    axes.minorticks_off()
     axes.set_xlabel("memory of the process, GiB")
     axes.set_ylabel("speed, × Default")
     axes.set_title(
@@ -117,11 +91,6 @@ def main() -> None:
     speed.axes[0].legend(ncols=4, frameon=False, fontsize=9)
     speed.suptitle("Attention on an H200, bf16, by shape B x H x N_q x N_k x D", fontsize=11)
     save(speed, "attention_speed.svg")
-    peaks = Figure(figsize=(8, 3.6), layout="constrained")
-    draw_peaks(peaks.subplots())
-    peaks.axes[0].legend(frameon=False, fontsize=9)
-    peaks.suptitle("LDM4TS, guide preset, batch 4, on an H200", fontsize=11)
-    save(peaks, "training_peaks.svg")
     if (RESULTS / "training_levers.csv").exists():
         levers = Figure(figsize=(11, 4.6), layout="constrained")
         for axes, px in zip(levers.subplots(1, 2), ("224", "512"), strict=True):

@@ -38,37 +38,6 @@ def kept_activations(rows: Rows) -> list[str]:
     return [*lines, "", source(rows)]
 
 
-def vram_accuracy(rows: Rows) -> list[str]:
-    """One line a part, image size and precision: peak of a training step at batch 4."""
-    chosen = [row for row in rows if row["batch_size"] == "4" and row["part"] != "autoencoder"]
-    peaks = {
-        (row["part"], row["px"], row["precision"], row["backend"], row["gradient_checkpointing"]):
-        float(row["allocated_mib"]) / 1024
-        for row in chosen
-    }  # fmt: skip
-    lines = [
-        "| training step, batch 4 | image | precision | default attention | ours "
-        "| ours, checkpointed | saved |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    names = {"forecaster": "LDM4TS", "unet": "its U-Net alone"}
-    for part, px, precision in dict.fromkeys(key[:3] for key in peaks):
-        default, ours, lean = (
-            peaks[part, px, precision, backend, checkpointing]
-            for backend, checkpointing in (
-                ("default", "False"),
-                ("flash", "False"),
-                ("flash", "True"),
-            )
-        )
-        lines.append(
-            f"| {names[part]} | {px} px | {precision} | {default:.2f} GiB | {ours:.2f} GiB "
-            f"| **{lean:.2f} GiB** | {1 - lean / default:.0%} |"
-        )
-    measured = f"*{rows[0]['gpu']}; torch {rows[0]['torch']}; "
-    return [*lines, "", measured + "`python -m benchmarks.vram_accuracy --measure`.*"]
-
-
 def device_times(rows: Rows) -> dict[tuple[str, str, str], str]:
     """Return the device ms of each (shape, backend, pass); empty where the backend refused."""
     return {(row["shape"], row["backend"], row["pass"]): row["device_ms"] for row in rows}
@@ -187,7 +156,6 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "kept_activations": kept_activations,
     "native_speed": native_speed,
     "unet_step": unet_step,
-    "vram_accuracy": vram_accuracy,
     **training_tables.TABLES,
 }
 
