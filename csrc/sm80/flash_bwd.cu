@@ -46,7 +46,8 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream) {
           return launch_tiles<T, Wide, false>(p, stream);
         }
       }
-      return launch_tiles<T, BwdTiles<kHeadDim, Shape::kNarrow>, kGeneral>(p, stream);
+      constexpr Shape kShape = kGeneral ? Shape::kGeneral : Shape::kNarrow;
+      return launch_tiles<T, BwdTiles<kHeadDim, kShape>, kGeneral>(p, stream);
     });
   });
 }

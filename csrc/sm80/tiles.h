@@ -27,7 +27,7 @@ struct FwdRow {
 // Long sequences: 32 queries a warp, so that every fragment of K and V serves two products.
 constexpr FwdRow kFwdWide[] = {
     {16, 4, 2, 64, 2, 2, true},   {32, 4, 2, 64, 2, 2, true},   {40, 4, 2, 48, 2, 2, true},
-    {48, 4, 2, 48, 2, 2, true},   {64, 4, 2, 32, 2, 2, true},   {80, 4, 2, 32, 2, 2, true},
+    {48, 4, 2, 48, 2, 2, true},   {64, 4, 2, 32, 2, 2, true},   {80, 4, 2, 32, 2, 2, false},
     {96, 4, 2, 32, 2, 2, false},  {112, 4, 2, 16, 2, 2, false}, {128, 4, 2, 32, 2, 2, false},
     {160, 4, 2, 16, 2, 2, false}, {192, 4, 1, 16, 2, 2, true},  {256, 4, 1, 16, 1, 2, false},
 };
@@ -110,7 +110,8 @@ constexpr Row row_for(const Row (&table)[kRows], int head_dim) {
   return Row{};
 }
 
-enum class Shape { kWide, kNarrow, kFew };
+// kGeneral: narrow, for masks and dropout, which take registers of their own.
+enum class Shape { kWide, kNarrow, kFew, kGeneral };
 
 template <int kDim, Shape kShape>
 struct FwdTiles {
@@ -155,13 +156,14 @@ struct BwdTiles {
     static constexpr int kStages = BwdTiles::kRow.stages;
     static constexpr int kRowTiles = kRow.row_tiles;
     static constexpr int kRows = kThreads / kWarp * kRowTiles * 16;
-    static constexpr bool kKept = kRow.kept;
+    static constexpr bool kFrugal = kShape == Shape::kGeneral && kPadded >= 64;
+    static constexpr bool kKept = kRow.kept && !kFrugal;
     static constexpr int kSteps = kPadded / 16;
     static constexpr int kUnroll = kKept ? kSteps : kPadded > 128 ? 1 : 2;
     // loops that are kept short hold nothing between their products
-    static constexpr bool kOverlapped = kKept || kPadded <= 128;
+    static constexpr bool kOverlapped = !kFrugal && (kKept || kPadded <= 128);
     static constexpr int kStep = kRow.step;
-    static constexpr int kSlice = kRow.slice;
+    static constexpr int kSlice = kFrugal ? (kPadded > 128 ? 16 : 32) : kRow.slice;
     static constexpr int kParts = kRow.parts;
     static constexpr int kColumns = kPadded / kParts;  // of the sums
     static constexpr int kSumTiles = kParts == 1 ? kDim / 8 : kColumns / 8;
