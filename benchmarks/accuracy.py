@@ -62,7 +62,7 @@ def main() -> None:
                     line[f"{name}_cosine"] = f"{torch.cosine_similarity(ours, true, 0):.6f}"
                 rows.append(line)
                 print(*line.values(), flush=True)
-    write_rows("accuracy", rows)
+        write_rows("accuracy", rows)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 rows: list[dict[str, object]] = []
 
 
-@pytest.fixture(scope="module", autouse=True)
-def results():
-    """Write what was measured when the module is done."""
-    yield
-    if rows:
-        write_rows("attention_speed", rows)
-
-
 def draw(shape: Shape) -> list[Tensor]:
     """Draw query, key and value in the layout of a U-Net: (B, N, H, D) in memory."""
     lengths = (shape.Q, shape.K, shape.K)
@@ -112,6 +104,7 @@ def time_shape(shape: Shape, backward: bool) -> Iterator[dict[str, object]]:
 def test_attention(benchmark, shape, backward):
     timed = list(time_shape(shape, backward))
     rows.extend(timed)
+    write_rows("attention_speed", rows)  # shape by shape: a run that is cut keeps what it has
     tensors = draw(shape)
     benchmark.pedantic(
         both_passes(attention_fn, tensors) if backward else _without_grad(attention_fn, tensors),

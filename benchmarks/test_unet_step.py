@@ -101,9 +101,9 @@ if any(row.name == "native_int8" for row in CHAINS["int8"]):
 rows: list[dict[str, object]] = []
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def results():
-    """Write what was measured when the module is done."""
+    """Write what has been measured after each test: a run that is cut keeps what it has."""
     yield
     if rows and ON_GPU:
         write_rows("unet_step", rows)
