@@ -117,6 +117,7 @@ def by_accelerate_fsdp2(model, optimizer):
 
 def _accelerator(**options) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # this process takes several ways
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # an earlier one's plugin would shard this one, too
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     on_cpu = torch.get_default_device().type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[unused], **options)
