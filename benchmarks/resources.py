@@ -243,10 +243,12 @@ def main() -> None:
     print(*Resources._fields)
     for capability in [(int(name[:-1]), int(name[-1])) for name in options.capability]:
         for head_dim in options.head_dim:
-            problems = [problem_of(head_dim, key_length) for key_length in (77, 4096)]
+            # Hopper has rows of its own for lengths between
+            lengths = (77, 196, 784, 4096) if capability == (9, 0) else (77, 4096)
+            problems = [problem_of(head_dim, key_length) for key_length in lengths]
+            problems += [problems[-1]._replace(mask=2)]
             if head_dim <= 256:  # float32 goes no further
                 problems += [problem_of(head_dim, 4096, torch.float32)]
-            problems += [problem._replace(mask=2) for problem in problems[1:]]
             for row in (row for problem in problems for row in measure(problem, capability)):
                 if row not in rows:  # both precisions launch the kernel of delta
                     rows.append(row)

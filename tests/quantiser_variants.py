@@ -19,7 +19,7 @@ from ldm4ts_kernels.kernels import quantize
 from ldm4ts_kernels.kernels.int8_backward import dequantise
 from ldm4ts_kernels.kernels.problem import Problem
 
-HEAD_DIMS = (1, 16, 40, 64, 80, 128, 160, 256)
+HEAD_DIMS = (1, 40, 64, 80, 256)
 HEADS = ((1, 1), (8, 2))  # of the query, of the key
 LENGTHS = ((1, 1), (1, 1100), (784, 1), (49, 49), (4096, 77), (784, 784))
 
