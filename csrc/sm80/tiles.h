@@ -22,8 +22,9 @@ struct FwdRow {
 };
 
 // NVIDIA H100, 2026-11-27: the fastest of some ten candidates a head dim, each timed alone in a
-// graph on the shapes of benchmarks/cases.py, of those with which two blocks fit an SM of sm_80;
-// 48, 96, 112, 192 and 256, which no shape has, like their neighbours.
+// graph on the shapes of benchmarks/cases.py, of those with which two blocks fit an SM of sm_80 (at
+// 128 none came near); wide 80 with its queries read again, for it spilled; 48, 96, 112, 192 and
+// 256, which no shape has, like their neighbours.
 // Long sequences: 32 queries a warp, so that every fragment of K and V serves two products.
 constexpr FwdRow kFwdWide[] = {
     {16, 4, 2, 64, 2, 2, true},   {32, 4, 2, 64, 2, 2, true},   {40, 4, 2, 48, 2, 2, true},
