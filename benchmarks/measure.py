@@ -31,7 +31,8 @@ def environment() -> dict[str, str]:
 
 def write_rows(name: str, rows: Iterable[Mapping[str, object]]) -> Path:
     """Write rows as results/name.csv, each with its environment; replaces what was there."""
-    rows = [{**row, **environment()} for row in rows]
+    where = environment()
+    rows = [{**row, **where} for row in rows]
     path = RESULTS / f"{name}.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -62,12 +62,7 @@ def attention_speed(rows: Rows) -> list[str]:
         ratios = []
         for name in ("triton", "native"):
             ours = cells[names.index(name)] if name in names else ["–", "–"]
-            pairs = zip(flash, ours, strict=True)
-            ratios.append(
-                " / ".join(
-                    f"{float(a) / float(b):.2f}" if "–" not in (a, b) else "–" for a, b in pairs
-                )
-            )
+            ratios.append(" / ".join(map(_ratio, flash, ours)))
         lines.append(f"| {' | '.join([shape, *texts, *ratios])} |")
     return [*lines, "", source(rows)]
 
@@ -98,8 +93,11 @@ def attention_gains(rows: Rows) -> list[str]:
 def native_speed(rows: Rows) -> list[str]:
     """One line a shape: the compiled kernels beside FlashAttention-2 and the best exact peer."""
     times = device_times(rows)
-    lines = ["| B, H, N_q, N_k, D | FlashAttention-2 | best exact peer | native | FA2 ÷ native "]
-    lines = [lines[0] + "| best peer ÷ native |", "|---" * 6 + "|"]
+    lines = [
+        "| B, H, N_q, N_k, D | FlashAttention-2 | best exact peer | native | FA2 ÷ native "
+        "| best peer ÷ native |",
+        "|---" * 6 + "|",
+    ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         cells: list[list[str]] = [[] for _ in range(5)]
         for each in ("forward", "forward+backward"):

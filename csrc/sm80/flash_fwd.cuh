@@ -118,11 +118,7 @@ flash_fwd_kernel(LDM_PARAMS p) {
       Scores<C>&now = slices[i % 2], &next = slices[(i + 1) % 2];
       softmax.rebase(out, scale);
       if (key + C::kSlice < key_end) {
-        LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
-          LDM_UNROLL for (int n = 0; n < C::kSlice / 8; ++n) {
-            LDM_UNROLL for (int e = 0; e < 4; ++e) next[r][n][e] = 0.0f;
-          }
-        }
+        fill(next, 0.0f);
         multiply_rows<C::kSteps>(
             T(), next, query, stages.keys(stage), i * C::kSlice,
             [&](int part, int parts) { softmax.exponentiate(now, scale, part, parts); });

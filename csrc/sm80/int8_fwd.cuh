@@ -209,13 +209,6 @@ int8_fwd_kernel(LDM_PARAMS_OF(Int8Params) p) {
   RowOperand<C::kKeyColumns, C::kRowTiles, C::kKept> query;
   query.load(q_tile.rows_from(warp_row));
 
-  const auto clear = [](Scores<C>& s) {
-    LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
-      LDM_UNROLL for (int n = 0; n < C::kSlice / 8; ++n) {
-        LDM_UNROLL for (int e = 0; e < 4; ++e) s[r][n][e] = kIntegerZero;
-      }
-    }
-  };
   const auto hide = [&](Scores<C>& s, int key) {
     if (!LDM_LIKELY(key + C::kSlice <= key_limit(f, row))) hide_unseen_keys<false>(s, f, row, key);
   };
@@ -224,7 +217,7 @@ int8_fwd_kernel(LDM_PARAMS_OF(Int8Params) p) {
   softmax.clear();
   softmax.load_factors(terms, warp_row);
   Scores<C> slices[2];
-  clear(slices[0]);
+  fill(slices[0], kIntegerZero);
   float key_scale = stages.scale_of(0);
   multiply_rows<C::kSteps>(Int8(), slices[0], query, stages.first_keys(), 0);
   hide(slices[0], 0);
@@ -239,7 +232,7 @@ int8_fwd_kernel(LDM_PARAMS_OF(Int8Params) p) {
       softmax.rebase(out);
       if (key + C::kSlice < key_end) {
         if ((key + C::kSlice) % kQuantRows == 0) key_scale = stages.scale_of(key + C::kSlice);
-        clear(next);
+        fill(next, kIntegerZero);
         multiply_rows<C::kSteps>(
             Int8(), next, query, stages.keys(stage), i * C::kSlice,
             [&](int part, int parts) { softmax.exponentiate(now, part, parts); });

@@ -29,6 +29,16 @@ struct RowOperand {
   }
 };
 
+// Accumulators that start a product anew.
+template <int kRowTiles, int kColumnTiles>
+LDM_DEVICE void fill(float (&c)[kRowTiles][kColumnTiles][4], float value) {
+  LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+    LDM_UNROLL for (int n = 0; n < kColumnTiles; ++n) {
+      LDM_UNROLL for (int e = 0; e < 4; ++e) c[r][n][e] = value;
+    }
+  }
+}
+
 // What the products leave the other units to do in the meantime: nothing.
 struct Nothing {
   LDM_DEVICE void operator()(int, int) const {}
