@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from ldm4ts_kernels import attention_fn, explain, operators
 from tests.cases import Shape, draw
-from tests.test_context_parallel import TWO_GPUS
+from tests.two_processes import TWO_GPUS
 
 SHAPE = Shape(2, 4, 4, 200, 300, 64)
 BACKENDS = {
