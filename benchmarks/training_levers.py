@@ -20,6 +20,7 @@ from ldm4ts_kernels.model import LDM4TSModel
 from ldm4ts_kernels.model.placement import kept_on_host
 from ldm4ts_kernels.optimizers import build_optimizer, step_in_backward
 from ldm4ts_kernels.process import accelerator_of_one_run
+from ldm4ts_kernels.sharding import Replicas
 from ldm4ts_kernels.training_step import StageLoss, TrainingStep
 
 # Steps that are not timed, and those that are, launch by launch and as a graph: of the latter, the
@@ -129,6 +130,5 @@ def _step(model: LDM4TSModel, levers: Levers, loss: torch.nn.Module) -> Training
     if levers.in_backward:
         step_in_backward(optimizer)
     clip = 0.0 if levers.in_backward else 1.0
-    return TrainingStep(
-        loss, model, parameters, optimizer, levers.accumulate, clip, levers.in_backward
-    )
+    held = Replicas(parameters)
+    return TrainingStep(loss, model, held, optimizer, levers.accumulate, clip, levers.in_backward)

@@ -77,6 +77,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Take three training steps on the GPU and return what they took, in MiB."""
     from ldm4ts_kernels.model import LDM4TSModel
     from ldm4ts_kernels.model.recompute import autoencoder_parts
+    from ldm4ts_kernels.sharding import Replicas
     from ldm4ts_kernels.training_step import StageLoss, TrainingStep
 
     gc.collect()
@@ -102,9 +103,9 @@ def measure(case: Case) -> dict[str, Any]:
     enabled = case.precision == "bf16"
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=enabled, cache_enabled=False)
     loss.forward = autocast(loss.forward)
-    step = TrainingStep(
-        loss, model, *_optimizer(case, model), parts, 1.0 - case.in_backward, case.in_backward
-    )
+    parameters, optimizer = _optimizer(case, model)
+    held, clip = Replicas(parameters), 1.0 - case.in_backward
+    step = TrainingStep(loss, model, held, optimizer, parts, clip, case.in_backward)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

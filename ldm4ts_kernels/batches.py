@@ -1,12 +1,18 @@
 """The training data: their order, which seed and step alone decide, and what is computed once."""
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+logger = logging.getLogger("ldm4ts_kernels")
+
+LARGEST_CACHE = 4 * 2**30  # bytes of latents in the host's memory
 ENCODED_AT_ONCE = 16  # windows
 
 
@@ -70,3 +76,32 @@ class EncodedWindows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         mine = {name: values[index] for name, values in self.encoded.items()}
         return {**self.windows[index], **mine}
+
+
+def encode_once(
+    windows: Any,
+    encode: Callable[[Tensor], dict[str, Tensor]],
+    latent_shape: tuple[int, ...],
+    batches: SeededBatches,
+) -> Dataset[dict[str, Tensor]]:
+    """Return windows with the latents of those in the batches; without, where they are too many."""
+    size = len(windows) * math.prod(latent_shape) * torch.float32.itemsize
+    if size > LARGEST_CACHE:
+        gib = size / 2**30
+        logger.info("each step encodes its windows: all latents would take %.1f GiB", gib)
+        return windows
+    logger.info("encoding %d windows once, for all steps", len(windows))
+    return EncodedWindows(windows, encode, chain.from_iterable(batches))
+
+
+def load(
+    windows: Dataset[dict[str, Tensor]], batches: SeededBatches, device: str
+) -> DataLoader[Any]:
+    """Return the batches' windows, where the device reads them fastest."""
+    # Its own generator: a DataLoader draws a seed when it starts, which resuming must not repeat.
+    return DataLoader(
+        windows,
+        batch_sampler=batches,
+        generator=torch.Generator(),
+        pin_memory=device == "cuda",
+    )

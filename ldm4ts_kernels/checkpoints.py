@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,19 +99,20 @@ def save_checkpoint(
     directory: Path,
     position: Position,
     model: Saveable,
-    optimizer: torch.optim.Optimizer,
+    states: Mapping[str, Tensor],
     keep: int,
     average: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint at position into directory, then delete all but the newest `keep`.
 
-    Raises CheckpointError where it cannot be written; those before it are then as they were.
+    states: `optimizer_tensors` of the whole model. Raises CheckpointError where it cannot be
+    written; those before it are then as they were.
     """
     target = directory / str(position)
     if not target.exists():  # one that exists holds the same state: positions are never revisited
         try:
             with directory_written_whole(target) as scratch:
-                _write(scratch, position, model, optimizer)
+                _write(scratch, position, model, states)
                 if average:
                     save_file(dict(average), scratch / AVERAGE)
         except (OSError, SafetensorError) as error:  # a full disk, most of all
@@ -124,12 +125,11 @@ def save_checkpoint(
 
 
 def _write(
-    directory: Path, position: Position, model: Saveable, optimizer: torch.optim.Optimizer
+    directory: Path, position: Position, model: Saveable, states: Mapping[str, Tensor]
 ) -> None:
     (directory / "model").mkdir()
     model.save_pretrained(directory / "model")
-    tensors = _flatten(optimizer.state_dict()["state"])
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    whole = {name: tensor.contiguous() for name, tensor in states.items()}
     save_file(whole, directory / "optimizer.safetensors")
     generators, host_generators = _random_state()
     save_file(generators, directory / "random.safetensors")
@@ -158,11 +158,15 @@ def delete_unfinished(directory: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def restore_training_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+def restore_training_state(
+    checkpoint: Checkpoint,
+    optimizer: torch.optim.Optimizer,
+    share: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> None:
     """Set the optimizer's moments and every random generator to those of the checkpoint.
 
-    Learning rate and the like stay the optimizer's own. Raises CheckpointError for a missing,
-    truncated or foreign file.
+    share: takes from the whole model's states those that the optimizer has. Learning rate and the
+    like stay the optimizer's own. Raises CheckpointError for a missing, truncated or foreign file.
     """
     state = _read_json(checkpoint.path / "state.json")
     if state.get("format") != FORMAT:
@@ -170,9 +174,9 @@ def restore_training_state(checkpoint: Checkpoint, optimizer: torch.optim.Optimi
             f"{checkpoint.path / 'state.json'}: expected format {FORMAT!r}, "
             f"got {state.get('format')!r}"
         )
-    saved = _read_tensors(checkpoint.path / "optimizer.safetensors")
+    saved = share(_read_tensors(checkpoint.path / "optimizer.safetensors"))
     make_states(optimizer)
-    present = _flatten(optimizer.state_dict()["state"])
+    present = optimizer_tensors(optimizer)
     for key in sorted(saved.keys() | present.keys()):
         found, expected = (tuple(t[key].shape) if key in t else None for t in (saved, present))
         if found != expected:
@@ -192,13 +196,13 @@ def read_average(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
     return _read_tensors(path) if path.exists() else None
 
 
-def _flatten(state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return an optimizer's state under the keys `<parameter>.<name>`, sharing its memory.
 
     A quantised state is several tensors, under `<parameter>.<name>.<part>`.
     """
     tensors: dict[str, Tensor] = {}
-    for index, values in state.items():
+    for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if hasattr(value, "__tensor_flatten__"):
                 parts, _ = value.__tensor_flatten__()
@@ -213,6 +217,7 @@ def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     if torch.cuda.is_available():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
             generators[f"cuda.{index}"] = state
+        generators["cuda"] = torch.cuda.get_rng_state()  # of the GPU that trains
     kind, keys, *rest = np.random.get_state(legacy=True)
     numpy_state = [kind, np.asarray(keys).tolist(), *rest]
     return generators, {"python": random.getstate(), "numpy": numpy_state}
@@ -224,6 +229,8 @@ def _restore_random_state(generators: dict[str, Tensor], host: dict[str, Any]) -
         for index in range(torch.cuda.device_count()):
             if f"cuda.{index}" in generators:
                 torch.cuda.set_rng_state(generators[f"cuda.{index}"], index)
+        if "cuda" in generators:  # several processes draw alike, each on a GPU of its own
+            torch.cuda.set_rng_state(generators["cuda"])
     version, keys, gauss = host["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, numpy_keys, *rest = host["numpy"]

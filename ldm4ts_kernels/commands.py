@@ -102,6 +102,7 @@ def train_command(
     weights: flags.Weights = None,
     optimizer_in_backward: flags.OptimizerInBackward = None,
     offload_activations: flags.OffloadActivations = None,
+    shard_states: flags.ShardStates = None,
     cache_latents: flags.CacheLatents = None,
     validate_every: flags.ValidateEvery = None,
     eval_windows: flags.EvalWindows = None,

@@ -27,7 +27,9 @@ class Peers:
     def first(self) -> bool:
         return self.rank == 0
 
-    def check(self, batch_size: int, accumulate: int, in_backward: bool) -> None:
+    def check(
+        self, batch_size: int, accumulate: int, in_backward: bool, shard_states: bool = False
+    ) -> None:
         """Raise OptionError for options with which these processes cannot share a batch."""
         if batch_size % (self.count * accumulate):
             raise OptionError(
@@ -36,6 +38,11 @@ class Peers:
             )
         if in_backward and self.count > 1:
             raise OptionError(f"optimizer_in_backward: expected one process, got {self.count}")
+        if shard_states and self.count == 1:
+            raise OptionError(
+                "shard_states: expected two processes or more (accelerate launch), got one, which "
+                "trains with --no-shard-states"
+            )
 
     def share(self, batch: Sequence[int]) -> list[int]:
         """Return this process' windows of a batch. Raises ValueError if it cannot be divided."""

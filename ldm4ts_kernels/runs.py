@@ -8,8 +8,6 @@ model/       the trained model                test_metrics.json
 
 import json
 import logging
-import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from ldm4ts_kernels.checkpoints import (
     write_text_whole,
 )
 from ldm4ts_kernels.data import DataConfig, OptionError, Scaler
+from ldm4ts_kernels.exclusions import BUDGET, exclusions
 from ldm4ts_kernels.optimizers import OPTIMIZERS, missing_8bit
 from ldm4ts_kernels.run_lock import LOCK
 from ldm4ts_kernels.vram import LEAN_LEVERS, LEVERS
@@ -63,8 +62,6 @@ CHOICES = {
     "optimizer": OPTIMIZERS,
     "weights": ("fp32", "bf16"),
 }
-CHECKPOINTING = ("none", "full", "selective")
-BUDGET = re.compile(r"budget:(0(\.\d*)?|1(\.0*)?|\.\d+)")
 AT_LEAST = {
     "steps": 1,
     "batch_size": 1,
@@ -110,6 +107,7 @@ class TrainConfig:
     accumulate: int = 1  # parts that a batch is split into; its result is the same
     cache_latents: bool = True  # encode each window once; the encoders then leave the GPU
     offload_activations: bool = False  # to the host's memory, until the backward pass
+    shard_states: bool = False  # of several processes each holds a share of the forecaster's
     vram_gb: float | None = None  # of 2^30 bytes: what the process may take of the GPU
     cuda_graphs: bool = True  # on a GPU: a step, and a step of sampling, as one launch
     seed: int = 0
@@ -145,7 +143,7 @@ class TrainConfig:
                 raise OptionError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if self.vram_gb is not None and not self.vram_gb > 0:
             raise OptionError(f"vram_gb: expected more than 0, got {self.vram_gb}")
-        for name, wrong, expected in self._contradictions():
+        for name, wrong, expected in exclusions(self):
             if wrong:
                 raise OptionError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
@@ -153,48 +151,6 @@ class TrainConfig:
     def compiles(self) -> bool:
         """Whether torch.compile has a part in a step."""
         return self.compile or BUDGET.fullmatch(f"{self.checkpointing}") is not None
-
-    def _contradictions(self) -> Iterator[tuple[str, bool, str]]:
-        """Yield the options that another one excludes: name, whether it does, what to choose."""
-        yield (
-            "checkpointing",
-            self.checkpointing not in CHECKPOINTING
-            and not BUDGET.fullmatch(f"{self.checkpointing}"),
-            f"one of {', '.join(CHECKPOINTING)}, or budget:x with x from 0 to 1",
-        )
-        name = "compile" if self.compile else "checkpointing"
-        yield name, self.compiles and self.device != "cuda", "no torch.compile without a GPU"
-        yield (
-            name,
-            self.compiles and self.offload_activations,
-            "no torch.compile with offload_activations, whose hooks it does not see",
-        )
-        yield "ema_decay", not 0 <= self.ema_decay < 1, "a number from 0 to less than 1"
-        yield (
-            "accumulate",
-            self.batch_size % self.accumulate != 0,
-            f"a divisor of batch_size ({self.batch_size})",
-        )
-        yield (
-            "gradient_clip",
-            self.optimizer_in_backward and self.gradient_clip != 0,
-            "0 with optimizer_in_backward, which frees each gradient before a norm of all is known",
-        )
-        yield (
-            "accumulate",
-            self.optimizer_in_backward and self.accumulate > 1,
-            "1 with optimizer_in_backward, which uses each gradient as it comes",
-        )
-        yield (
-            "weights",
-            self.weights == "bf16" and self.optimizer != "adamw8bit",
-            "fp32 with optimizer adamw, whose small updates bfloat16 would round away",
-        )
-        yield (
-            "weights",
-            self.weights == "bf16" and self.precision != "bf16",
-            "fp32 with precision fp32",
-        )
 
 
 def plan(given: dict[str, Any]) -> TrainConfig:

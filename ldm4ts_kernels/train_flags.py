@@ -133,6 +133,14 @@ OffloadActivations = Annotated[
         "Optimisation",
     ),
 ]
+ShardStates = Annotated[
+    bool | None,
+    _option(
+        "--shard-states/--no-shard-states",
+        "Of several processes each holds a share of weights, gradients and states (FSDP2).",
+        "Memory",
+    ),
+]
 AutoencoderLearningRate = Annotated[
     float | None,
     _option(

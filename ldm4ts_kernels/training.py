@@ -13,23 +13,23 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 
 from ldm4ts_kernels.averages import WeightAverage
-from ldm4ts_kernels.batches import EncodedWindows, SeededBatches
+from ldm4ts_kernels.batches import EncodedWindows, SeededBatches, encode_once, load
 from ldm4ts_kernels.checkpoints import (
     STAGES,
     Position,
+    Saveable,
     directory_written_whole,
     find_checkpoints,
+    optimizer_tensors,
     read_average,
     restore_training_state,
     save_checkpoint,
@@ -60,9 +60,9 @@ from ldm4ts_kernels.process import (
 )
 from ldm4ts_kernels.run_lock import hold
 from ldm4ts_kernels.runs import Run, TrainConfig, open_run
+from ldm4ts_kernels.sharding import Replicas, Shards
 from ldm4ts_kernels.training_log import StepLog, StepReport, TrainingError
 from ldm4ts_kernels.training_step import StageLoss, TrainingStep
-from ldm4ts_kernels.vram import GIB
 
 __all__ = [
     "StepReport",
@@ -76,7 +76,6 @@ __all__ = [
 logger = logging.getLogger("ldm4ts_kernels")
 
 FREEZING_WINDOWS = 64  # training windows whose latents set the autoencoder's scale
-LARGEST_CACHE = 4 * GIB  # bytes of latents in the host's memory
 
 
 class TrainingInterrupted(Exception):
@@ -121,6 +120,18 @@ class _Job:
             )
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage trains, with what, in this process."""
+
+    name: str
+    steps: int
+    loss: nn.Module
+    held: Replicas | Shards
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage
+
+
 def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
     """Train LDM4TS as config says, test it, and return its scores beside the naive forecasts'.
 
@@ -151,7 +162,9 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
         model = _build_model(config, splits.series, run)
         model.configure(config.attention_backend, config.checkpointing, config.compile)
         peers = Peers.of(accelerator)
-        peers.check(config.batch_size, config.accumulate, config.optimizer_in_backward)
+        peers.check(
+            config.batch_size, config.accumulate, config.optimizer_in_backward, config.shard_states
+        )
         accelerator.wait_for_everyone()  # all have read the directory before one writes there
         if peers.first:
             run.begin(config, splits.scaler)
@@ -162,9 +175,11 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
             windows = [splits.train[index]["history"] for index in spaced.tolist()]
             model.freeze_autoencoder(torch.stack(windows))
             broadcast(model.autoencoder.scale)
-        average = _run_stage(job, "forecaster")
-        with average.applied():
-            test = peers.of_the_first(_finish(job) if peers.first else None)
+        stage = _run_stage(job, "forecaster")
+        with stage.average.applied():
+            saveable = stage.held.saveable(model)
+            with stage.held.whole():
+                test = peers.of_the_first(_finish(job, saveable) if peers.first else None)
     return TrainResult(run.directory, test, time.perf_counter() - started)
 
 
@@ -195,116 +210,89 @@ def _build_model(config: TrainConfig, series: Series, run: Run) -> LDM4TSModel:
     return LDM4TSModel.from_pretrained(run.checkpoint.model_path, **options)
 
 
-def _run_stage(job: _Job, stage: str) -> WeightAverage:
+def _run_stage(job: _Job, name: str) -> _Stage:
     """Take a stage's remaining optimizer steps, from the run's checkpoint if it has one here."""
     config, model, checkpoint = job.config, job.model, job.run.checkpoint
-    first_stage = stage == STAGES[0]
+    first_stage = name == STAGES[0]
     steps = config.autoencoder_steps if first_stage else config.steps
     peak = config.autoencoder_learning_rate if first_stage else config.learning_rate
     parameters = model.autoencoder_parameters() if first_stage else model.trainable_parameters()
-    resuming = checkpoint is not None and checkpoint.position.stage == stage
+    resuming = checkpoint is not None and checkpoint.position.stage == name
     start = checkpoint.position.step if checkpoint is not None and resuming else 0
 
     batches = SeededBatches(
         len(job.splits.train), config.batch_size, config.seed, start, steps, job.peers.share
     )
-    windows = job.splits.train if first_stage else _encode_once(job, batches)
+    windows: Any = job.splits.train
+    # Of the whole run, so that a resumed one decides alike.
+    often_enough = config.steps * config.batch_size >= len(windows)
+    if not first_stage and config.cache_latents and often_enough:
+        windows = encode_once(windows, model.encode_frozen, model.latent_shape, batches)
     if config.weights == "bf16" and not first_stage:
         for parameter in parameters:
             parameter.data = parameter.data.bfloat16()
     in_backward = config.optimizer_in_backward and not first_stage
+    # Autocast is Accelerate's; gradients are averaged in the step, where a CUDA graph holds it.
+    loss = job.accelerator.prepare_model(StageLoss(model, name), evaluation_mode=True).train()
+    held: Replicas | Shards = Replicas(parameters, job.peers)
+    if config.shard_states and not first_stage:
+        held = Shards(loss, model, job.peers)
     optimizer = build_optimizer(
-        parameters,
+        held.parameters,
         peak,
         config.weight_decay,
         # The first stage is small, and its states exact.
         "adamw" if first_stage else config.optimizer,
         one_by_one=in_backward,
     )
-    average = WeightAverage(parameters, 0.0 if first_stage else config.ema_decay)
+    average = WeightAverage(held.parameters, 0.0 if first_stage else config.ema_decay)
     if checkpoint is not None and resuming:
-        restore_training_state(checkpoint, optimizer)
+        restore_training_state(checkpoint, optimizer, held.share)
         if (averaged := read_average(checkpoint)) is not None:
-            average.restore(averaged)
+            average.restore(held.share(averaged))
     if in_backward:
         step_in_backward(optimizer)
-    # Autocast is Accelerate's; gradients are averaged in the step, where a CUDA graph holds it.
-    loss = job.accelerator.prepare_model(StageLoss(model, stage), evaluation_mode=True).train()
-    build = partial(_build_step, job, stage, loss, parameters, optimizer)
+    stage = _Stage(name, steps, loss, held, optimizer, average)
+    build = partial(_build_step, job, stage)
     take_step = LadderedStep(config, build, partial(_change_levers, job), job.peers.count == 1)
-    log = StepLog(job.run, config.device, stage, steps, partial(served_by, model), job.peers.first)
+    log = StepLog(job.run, config.device, name, steps, partial(served_by, model), job.peers.first)
     encoded = isinstance(windows, EncodedWindows)
-    with kept_on_host(model, stage) if first_stage or encoded else nullcontext():
-        for step, batch in enumerate(_load(windows, batches, config.device), start + 1):
+    with kept_on_host(model, name) if first_stage or encoded else nullcontext():
+        for step, batch in enumerate(load(windows, batches, config.device), start + 1):
             rate = learning_rate_at(step, steps, peak, config.warmup_steps)
             set_learning_rate(optimizer, rate)
             log.add(step, rate, take_step(batch))
             average.update(step)
-            _keep_books(job, log, stage, step, steps, optimizer, average)
+            _keep_books(job, log, stage, step)
         take_step.step.forget()
     job.accelerator.free_memory()
-    return average
+    return stage
 
 
-def _encode_once(job: _Job, batches: SeededBatches) -> Dataset[dict[str, Tensor]]:
-    """Return the training windows with the latents of those in the batches, where that pays."""
-    windows, config = job.splits.train, job.config
-    # Of the whole run, so that a resumed one decides alike.
-    if not config.cache_latents or config.steps * config.batch_size < len(windows):
-        return windows
-    size = len(windows) * math.prod(job.model.latent_shape) * torch.float32.itemsize
-    if size > LARGEST_CACHE:
-        logger.info(
-            "each step encodes its windows: all latents would take %.1f GiB of the host", size / GIB
-        )
-        return windows
-    logger.info("encoding %d windows once, for all steps", len(windows))
-    return EncodedWindows(windows, job.model.encode_frozen, chain.from_iterable(batches))
-
-
-def _load(
-    windows: Dataset[dict[str, Tensor]], batches: SeededBatches, device: str
-) -> DataLoader[Any]:
-    # Its own generator: a DataLoader draws a seed when it starts, which resuming must not repeat.
-    return DataLoader(
-        windows,
-        batch_sampler=batches,
-        generator=torch.Generator(),
-        pin_memory=device == "cuda",
-    )
-
-
-def _build_step(
-    job: _Job,
-    stage: str,
-    loss: nn.Module,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-) -> GraphedCall:
+def _build_step(job: _Job, stage: _Stage, config: TrainConfig) -> GraphedCall:
     """Return the training step of the configuration, and let sampling share its graphs' memory."""
-    parts = config.accumulate
-    if stage == STAGES[0]:
+    parts, first_stage = config.accumulate, stage.name == STAGES[0]
+    if first_stage:
         windows = min(config.batch_size, len(job.splits.train)) // job.peers.count
         shape = job.model.config.image_size
         parts = math.lcm(parts, autoencoder_parts(windows, shape, config.checkpointing))
     step = TrainingStep(
-        loss,
+        stage.loss,
         job.model,
-        parameters,
-        optimizer,
+        stage.held,
+        stage.optimizer,
         accumulate=parts,
         clip=config.gradient_clip,
-        in_backward=stage != STAGES[0] and config.optimizer_in_backward,
+        in_backward=not first_stage and config.optimizer_in_backward,
         offload=config.offload_activations,
-        peers=job.peers,
     )
     device, graphs = job.model.device, None
-    if config.device == "cuda" and config.cuda_graphs and not config.offload_activations:
+    recordable = not config.offload_activations and isinstance(stage.held, Replicas)
+    if config.device == "cuda" and config.cuda_graphs and recordable:
         graphs = CudaGraphs(device)
-        if stage != STAGES[0]:
+        if not first_stage:
             job.model.graph_sampling(graphs)
-    return GraphedCall(f"the training step of the {stage}", step, device, graphs)
+    return GraphedCall(f"the training step of the {stage.name}", step, device, graphs)
 
 
 def _change_levers(job: _Job, config: TrainConfig) -> None:
@@ -314,24 +302,16 @@ def _change_levers(job: _Job, config: TrainConfig) -> None:
     job.run.write_config(config)
 
 
-def _keep_books(
-    job: _Job,
-    log: StepLog,
-    stage: str,
-    step: int,
-    steps: int,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage,
-) -> None:
+def _keep_books(job: _Job, log: StepLog, stage: _Stage, step: int) -> None:
     """After a step: validate, log and checkpoint when it is time to, and stop when asked to."""
     config = job.config
-    last = step == steps
+    last = step == stage.steps
     saving = last or step % config.checkpoint_every == 0
-    validating = stage == "forecaster" and (last or step % config.validate_every == 0)
+    validating = stage.name == "forecaster" and (last or step % config.validate_every == 0)
     validation = None
     if validating:
         log.check_finite()
-        with log.clock_stopped(), average.applied():
+        with log.clock_stopped(), stage.average.applied(), stage.held.whole():
             validation = _validate(job) if job.peers.first else None
     logging_now = saving or validating or step % config.log_every == 0
     if logging_now or (job.stop.requested and job.peers.count == 1):
@@ -339,20 +319,21 @@ def _keep_books(
         job.stop.requested = job.peers.any(job.stop.requested, job.model.device)
     elif job.peers.count > 1:
         return  # a wish to stop waits for the next reading of losses, where all can agree
-    if job.peers.first and (saving or job.stop.requested):
-        position = Position.at(stage, step)
+    if saving or job.stop.requested:
         with log.clock_stopped():
-            save_checkpoint(
-                job.run.checkpoints,
-                position,
-                job.model,
-                optimizer,
-                config.keep_checkpoints,
-                average.tensors(),
-            )
+            _save(job, stage, step)
     if job.stop.requested:
         job.accelerator.wait_for_everyone()  # with the checkpoint written
     job.raise_if_stopped()
+
+
+def _save(job: _Job, stage: _Stage, step: int) -> None:
+    saveable = stage.held.saveable(job.model)
+    states = stage.held.gather(optimizer_tensors(stage.optimizer))
+    average = stage.held.gather(stage.average.tensors())
+    if job.peers.first:
+        position, keep = Position.at(stage.name, step), job.config.keep_checkpoints
+        save_checkpoint(job.run.checkpoints, position, saveable, states, keep, average)
 
 
 def _validate(job: _Job) -> dict[str, dict[str, float]]:
@@ -373,7 +354,7 @@ def _validate(job: _Job) -> dict[str, dict[str, float]]:
     }
 
 
-def _finish(job: _Job) -> Evaluation:
+def _finish(job: _Job, model: Saveable) -> Evaluation:
     """Score the test part, then write test_metrics.json and model/."""
 
     def on_batch(done: int, count: int) -> None:
@@ -395,6 +376,6 @@ def _finish(job: _Job) -> Evaluation:
     if model_directory.exists():  # of a run that was resumed after its end, with more steps
         model_directory.rename(job.run.directory / ".unfinished-model")
     with directory_written_whole(model_directory) as scratch:
-        job.model.save_pretrained(scratch)
+        model.save_pretrained(scratch)
     write_text_whole(job.run.directory / "test_metrics.json", json.dumps(asdict(test), indent=1))
     return test

@@ -1,13 +1,13 @@
 """One optimizer step, as a function from a batch to its losses that a CUDA graph can hold."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ldm4ts_kernels.model import LDM4TSModel
-from ldm4ts_kernels.peers import Peers
+from ldm4ts_kernels.sharding import Replicas, Shards
 
 
 class StageLoss(nn.Module):
@@ -30,27 +30,26 @@ class TrainingStep:
     accumulate: parts that the batch is split into, whose gradients add up to that of the whole.
     clip: largest norm of all gradients together; 0 leaves them as they are. in_backward: the
     optimizer steps by itself (`step_in_backward`). offload: what the backward pass needs waits in
-    the host's memory. peers: other processes with shares of the same batch, whose losses and
-    gradients are averaged.
+    the host's memory. held: what this process holds of the weights, alone or among others that
+    have shares of the same batch, whose losses and gradients are averaged.
     """
 
     def __init__(
         self,
         loss: nn.Module,
         model: LDM4TSModel,
-        parameters: Sequence[nn.Parameter],
+        held: Replicas | Shards,
         optimizer: torch.optim.Optimizer,
         accumulate: int = 1,
         clip: float = 0.0,
         in_backward: bool = False,
         offload: bool = False,
-        peers: Peers | None = None,
     ) -> None:
         self.loss, self.model = loss, model
-        self.parameters, self.optimizer = parameters, optimizer
+        self.held, self.peers = held, held.peers
+        self.optimizer = optimizer
         self.accumulate, self.clip = accumulate, clip
         self.in_backward, self.offload = in_backward, offload
-        self.peers = peers or Peers()
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)  # what a step that broke off has left
@@ -64,9 +63,9 @@ class TrainingStep:
                 totals[name] = totals[name] + share if name in totals else share
         self.peers.average_(totals.values())
         if not self.in_backward:
-            self.peers.average_(parameter.grad for parameter in self.parameters)
+            self.held.average_gradients()
             if self.clip:
-                nn.utils.clip_grad_norm_(self.parameters, self.clip)
+                self.held.clip_gradients(self.clip)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return totals
@@ -90,5 +89,5 @@ class TrainingStep:
     def _kept_elsewhere(self) -> AbstractContextManager[object]:
         if not self.offload:
             return nullcontext()
-        on_gpu = self.parameters[0].is_cuda
+        on_gpu = self.held.parameters[0].is_cuda
         return torch.autograd.graph.save_on_cpu(pin_memory=on_gpu)

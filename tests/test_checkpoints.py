@@ -15,6 +15,7 @@ from ldm4ts_kernels.checkpoints import (
     Position,
     directory_written_whole,
     find_checkpoints,
+    optimizer_tensors,
     restore_training_state,
     save_checkpoint,
 )
@@ -38,7 +39,9 @@ def trained() -> tuple[Model, torch.optim.Optimizer]:
 
 
 def saved(directory: Path, step: int = 1, keep: int = 2) -> Checkpoint:
-    return save_checkpoint(directory, Position.at("forecaster", step), *trained(), keep=keep)
+    model, optimizer = trained()
+    states = optimizer_tensors(optimizer)
+    return save_checkpoint(directory, Position.at("forecaster", step), model, states, keep)
 
 
 def draws() -> list[float]:
@@ -46,8 +49,7 @@ def draws() -> list[float]:
 
 
 def test_the_generators_of_python_numpy_and_torch_are_restored(tmp_path):
-    model, optimizer = trained()
-    checkpoint = save_checkpoint(tmp_path, Position.at("forecaster", 1), model, optimizer, keep=1)
+    checkpoint, optimizer = saved(tmp_path), trained()[1]
     expected = draws()
     assert draws() != expected
     restore_training_state(checkpoint, optimizer)

@@ -14,6 +14,7 @@ from ldm4ts_kernels.ladder import LadderedStep, next_rung
 from ldm4ts_kernels.model import LDM4TSModel
 from ldm4ts_kernels.optimizers import build_optimizer
 from ldm4ts_kernels.runs import TrainConfig, read_config
+from ldm4ts_kernels.sharding import Replicas
 from ldm4ts_kernels.training import train
 from ldm4ts_kernels.training_step import StageLoss, TrainingStep
 
@@ -56,7 +57,8 @@ def laddered(failing: set[int], config: TrainConfig):
 
     def build(levers: TrainConfig) -> GraphedCall:
         loss = StageLoss(model, "forecaster").train()
-        step = TrainingStep(loss, model, parameters, optimizer, levers.accumulate)
+        held = Replicas(parameters)
+        step = TrainingStep(loss, model, held, optimizer, levers.accumulate)
 
         def attempt(batch):
             attempts.append(levers)

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from ldm4ts_kernels.checkpoints import Position, restore_training_state, save_checkpoint
+from ldm4ts_kernels.checkpoints import (
+    Position,
+    optimizer_tensors,
+    restore_training_state,
+    save_checkpoint,
+)
 from ldm4ts_kernels.optimizers import (
     build_optimizer,
     make_states,
@@ -77,7 +82,8 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_had_been(tmp_path, name, one
     model = Model()
     optimizer = build_optimizer(list(model.parameters()), 1.0, 0.1, name, one_by_one)
     train(model, optimizer, range(3))
-    checkpoint = save_checkpoint(tmp_path, Position.at("forecaster", 3), model, optimizer, keep=1)
+    states = optimizer_tensors(optimizer)
+    checkpoint = save_checkpoint(tmp_path, Position.at("forecaster", 3), model, states, keep=1)
     again = Model()
     again.load_state_dict(model.state_dict())
     train(model, optimizer, range(3, 6))

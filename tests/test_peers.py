@@ -89,6 +89,8 @@ def test_a_batch_that_cannot_be_shared_is_an_error():
         Peers(0, 3).check(16, 2, in_backward=False)
     with pytest.raises(OptionError, match="optimizer_in_backward: expected one process, got 2"):
         Peers(0, 2).check(16, 1, in_backward=True)
+    with pytest.raises(OptionError, match="shard_states: expected two processes or more"):
+        Peers().check(16, 1, in_backward=False, shard_states=True)
     with pytest.raises(ValueError, match="a multiple of the 2 processes, got 3"):
         Peers(0, 2).share([1, 2, 3])
 

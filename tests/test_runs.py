@@ -39,6 +39,22 @@ def begun(config: TrainConfig, scaler: Scaler = SCALER) -> TrainConfig:
             {"weights": "bf16", "optimizer": "adamw8bit"},
             "weights: expected fp32 with precision fp32",
         ),
+        (
+            {"shard_states": True, "optimizer": "adamw8bit"},
+            "optimizer: expected adamw with shard_states",
+        ),
+        (
+            {"shard_states": True, "device": "cuda", "compile": True},
+            "compile: expected no torch.compile with shard_states",
+        ),
+        (
+            {"shard_states": True, "offload_activations": True},
+            "offload_activations: expected False with shard_states",
+        ),
+        (
+            {"shard_states": True, "device": "cuda", "vram_gb": 6.0},
+            "vram_gb: expected None with shard_states",
+        ),
         ({"checkpointing": "half"}, "checkpointing: expected one of none, full, selective"),
         ({"attention_backend": "fast"}, "attention_backend: expected one of default, flash"),
     ],

@@ -8,6 +8,7 @@ from tiny_model import batch_of, ready
 from ldm4ts_kernels.graphs import GraphedCall
 from ldm4ts_kernels.model import LDM4TSModel
 from ldm4ts_kernels.optimizers import build_optimizer, set_learning_rate, step_in_backward
+from ldm4ts_kernels.sharding import Replicas
 from ldm4ts_kernels.training_step import StageLoss, TrainingStep
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def step_of(model: LDM4TSModel, rate: float = 1e-2, **levers: object) -> Trainin
     if in_backward:
         step_in_backward(optimizer)
     loss = StageLoss(model, "forecaster").train()
-    return TrainingStep(loss, model, parameters, optimizer, **levers)
+    return TrainingStep(loss, model, Replicas(parameters), optimizer, **levers)
 
 
 def trained(count: int = 2, recorder: Rerun | None = None, **levers: object):
@@ -42,7 +43,7 @@ def gradients_of(**levers: object) -> tuple[dict[str, torch.Tensor], list[torch.
     seen: list[torch.Tensor] = []
 
     def look(optimizer, args, kwargs):
-        seen.extend(parameter.grad.clone() for parameter in step.parameters)
+        seen.extend(parameter.grad.clone() for parameter in step.held.parameters)
 
     step.optimizer.register_step_pre_hook(look)
     torch.manual_seed(3)

@@ -328,9 +328,14 @@ class LDM4TSModel(nn.Module):
 
     # Checkpoints
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, and pretrained parts into their own folders."""
-        write_checkpoint(self, Path(directory))
+    def save_pretrained(
+        self, directory: str | Path, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write config.json and model.safetensors, and pretrained parts into their own folders.
+
+        weights: by their names, instead of the model's own, which several processes may share out.
+        """
+        write_checkpoint(self, Path(directory), weights)
 
     @classmethod
     def from_pretrained(

@@ -6,11 +6,13 @@ configuration field, so that a checkpoint needs neither the hub nor the path it 
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 if TYPE_CHECKING:
     from ldm4ts_kernels.model.forecaster import LDM4TSModel
@@ -23,8 +25,13 @@ WEIGHTS_FILE = "model.safetensors"
 PRETRAINED_PARTS = {"autoencoder": "autoencoder.kl.", "text_encoder": "conditioner.text.encoder."}
 
 
-def write_checkpoint(model: "LDM4TSModel", directory: Path) -> None:
-    """Write the model into the directory, which is made if it is missing."""
+def write_checkpoint(
+    model: "LDM4TSModel", directory: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the model into the directory, which is made if it is missing.
+
+    weights: by their names in the model, in the place of its own.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config = dataclasses.asdict(model.config)
     if model.config.autoencoder is not None:
@@ -37,7 +44,7 @@ def write_checkpoint(model: "LDM4TSModel", directory: Path) -> None:
     elsewhere = _pretrained_prefixes(config)
     tensors = {
         name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in {**model.state_dict(), **(weights or {})}.items()
         if not name.startswith(elsewhere)
     }
     save_file(tensors, directory / WEIGHTS_FILE)

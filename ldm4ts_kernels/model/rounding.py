@@ -31,12 +31,14 @@ def call_rounded(module: Any, *inputs: Tensor) -> Tensor:
 
     All of it computes in that dtype, norms included (their sums in float32), where autocast would
     cast each weight, and each norm's input and output, in a kernel of its own. What is recomputed
-    looks for its weights in the module again, so that float32 ones are left to autocast there.
+    looks for its weights in the module again, so that float32 ones are left to autocast there; and
+    so are those of which each process holds a share, whole in a layer's own call alone.
     """
     kind, own = inputs[0].device.type, next(module.parameters()).dtype
     rounding = torch.is_autocast_enabled(kind) and torch.is_grad_enabled()
     dtype = torch.get_autocast_dtype(kind) if rounding else own
-    if not rounding or (module.is_gradient_checkpointing and own != dtype):
+    shared = any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+    if not rounding or shared or (module.is_gradient_checkpointing and own != dtype):
         return module(*inputs, return_dict=False)[0]
     with torch.autocast(kind, enabled=False):
         given = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
