@@ -201,12 +201,29 @@ def sampling_time(rows: Rows) -> list[str]:
 
 
 def two_gpus(rows: Rows) -> list[str]:
-    """One line a number of GPUs and a batch: windows a second."""
-    lines = ["| GPUs | batch | windows a second | peak of a GPU |", "|---|---|---|---|"]
-    for row in rows:
-        cells = (row["gpus"], row["batch"], row["windows_per_second"], f"{row['peak_gib']} GiB")
+    """One line a batch and way: time, memory, and the losses beside one GPU's."""
+    lines = [
+        "| batch | states | a step | windows a second | × one GPU | peak of a GPU "
+        "| weights and states of it | largest difference of a loss | last loss |",
+        "|---" * 9 + "|",
+    ]
+    names = {"one": "one GPU", "DDP": "two GPUs, whole", "FSDP2": "two GPUs, shared"}
+    for row in sorted(rows, key=lambda row: (int(row["batch"]), list(names).index(row["way"]))):
+        cells = [row["batch"], names[row["way"]]]
+        if row["refusal"]:
+            cells += [row["refusal"].replace("|", "/"), *["–"] * 6]
+        else:
+            step = f"{float(row['ms']):.1f} ms"
+            cells += [
+                step if row["graph"] == "True" else f"{step}, eager",
+                row["windows_per_second"],
+                f"{float(row['scaling']):.2f}" if row["scaling"] else "–",
+                *(f"{float(row[name]) / 1024:.2f} GiB" for name in ("peak_mib", "kept_mib")),
+                row["loss_difference"] or "–",
+                row["last_loss"],
+            ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", f"*{rows[0]['gpu']}; torch {rows[0]['torch']}; preset guide, bf16.*"]
+    return [*lines, "", source(rows)]
 
 
 def estimate_accuracy(rows: Rows) -> list[str]:

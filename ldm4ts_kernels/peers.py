@@ -1,6 +1,6 @@
 """The processes that train one model together, each on its share of every batch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ldm4ts_kernels.data import OptionError
+
+BUCKET = 64 * 2**20  # bytes that the processes add up at once: a call for each tensor would wait
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,12 @@ class Peers:
         """Replace each tensor by its mean over the processes; a CUDA graph can hold it."""
         if self.count == 1:
             return
-        for tensor in tensors:
-            if tensor is not None:
-                dist.all_reduce(tensor)
-                tensor.div_(self.count)
+        for bucket in _buckets(tensor for tensor in tensors if tensor is not None):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            dist.all_reduce(flat)
+            parts = flat.div_(self.count).split([tensor.numel() for tensor in bucket])
+            means = [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
+            torch._foreach_copy_(bucket, means)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether the flag is set in one of the processes; waits for all."""
@@ -77,3 +81,17 @@ class Peers:
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in lists of one dtype, and of no more than BUCKET bytes or one tensor."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        size += tensor.nbytes
+        if bucket and (size > BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], tensor.nbytes
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

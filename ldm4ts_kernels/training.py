@@ -237,6 +237,8 @@ def _run_stage(job: _Job, name: str) -> _Stage:
     held: Replicas | Shards = Replicas(parameters, job.peers)
     if config.shard_states and not first_stage:
         held = Shards(loss, model, job.peers)
+        if config.device == "cuda" and config.cuda_graphs and job.peers.first:
+            logger.info("with shared states a step runs launch by launch, not as a CUDA graph")
     optimizer = build_optimizer(
         held.parameters,
         peak,

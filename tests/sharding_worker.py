@@ -1,7 +1,7 @@
-"""One of two processes of tests/test_distributed.py: RANK STORE DEVICE RUN OUTPUT CHECKPOINTING STOP.
+"""One of two processes of tests/test_distributed.py: RANK STORE DEVICE RUN OUTPUT MODE STOP.
 
 Shows that it holds half of a model's weights, gradients and states; then trains with shared states
-in OUTPUT, by the options of RUN but for its checkpointing, from the newest checkpoint up to step STOP.
+in OUTPUT, by the options of RUN but with checkpointing MODE, on from where it is up to step STOP.
 """
 
 import os
@@ -60,7 +60,7 @@ def check_shares(peers: Peers, device: torch.device) -> None:
 
 
 def main() -> None:
-    rank, store, kind, run, output, checkpointing, stop = int(sys.argv[1]), *sys.argv[2:8]
+    rank, store, kind, run, output, mode, stop = int(sys.argv[1]), *sys.argv[2:8]
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
@@ -72,7 +72,7 @@ def main() -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
     check_shares(Peers(rank, WORLD), device)
     config = replace(read_config(run), output=output, resume=True, shard_states=True)
-    config = replace(config, checkpointing=checkpointing)
+    config = replace(config, checkpointing=mode)
     try:
         result = train(
             config, lambda report: (report.stage, report.step) == ("forecaster", int(stop))

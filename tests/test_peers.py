@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_run import tiny_config
 
+from ldm4ts_kernels import peers
 from ldm4ts_kernels.data import OptionError
 from ldm4ts_kernels.peers import Peers
 from ldm4ts_kernels.training import train
@@ -98,6 +100,18 @@ def test_a_batch_that_cannot_be_shared_is_an_error():
 def test_shares_are_the_batch():
     batch = list(range(6))
     assert [index for rank in range(3) for index in Peers(rank, 3).share(batch)] == batch
+
+
+def test_tensors_are_averaged_in_buckets_of_one_dtype(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(peers, "BUCKET", 40)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: sizes.append(len(flat)) or flat.mul_(2))
+    values = [torch.full((2, 3), 1.0), torch.full((4,), 2.0), torch.full((11,), 3.0)]
+    values += [torch.full((1,), 4.0, dtype=torch.bfloat16)]
+    expected = [value.clone() for value in values]
+    Peers(0, 2).average_([*values[:2], None, *values[2:]])
+    assert sizes == [10, 11, 1]
+    assert all(map(torch.equal, values, expected))
 
 
 def test_alone_nothing_is_averaged_or_awaited():
