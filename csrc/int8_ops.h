@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> int8_backward(const Tensor& dout, const Tenso
                                                  const Tensor& key_mean, const Tensor& value,
                                                  const Tensor& out, const Tensor& lse,
                                                  const std::optional<Tensor>& dlse, bool is_causal,
-                                                 double scale) {
+                                                 double scale, bool repeatable) {
   // value has the shape and dtype that the key had
   Int8Params p = make_int8_params(make_params(query, value, value, std::nullopt, is_causal, scale));
   const int64_t heads = static_cast<int64_t>(p.flash.batch) * p.flash.kv_heads;
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> int8_backward(const Tensor& dout, const Tenso
   p.smooth_lse = floats(smooth_lse);
   check_launch("int8_backward", launch_round_operands(p, current_stream(query)));
   return flash_backward(dout, rounded_query, rounded_key, value, out, smooth_lse, std::nullopt,
-                        dlse, is_causal, scale, std::nullopt, 0.0);
+                        dlse, is_causal, scale, std::nullopt, 0.0, repeatable);
 }
 
 }  // namespace

@@ -132,9 +132,10 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tens
                                                   const std::optional<Tensor>& attn_mask,
                                                   const std::optional<Tensor>& dlse, bool is_causal,
                                                   double scale, const std::optional<Tensor>& seed,
-                                                  double dropout_p) {
+                                                  double dropout_p, bool repeatable) {
   FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale);
   set_dropout(p, seed, dropout_p, query);
+  p.repeatable = repeatable;
   for (const auto& [name, tensor] : {std::pair("dout", &dout), std::pair("out", &out)}) {
     check_operand(name, *tensor, query);
     check_shape(name, *tensor, p.batch, p.heads, p.q_len, p.head_dim);
@@ -146,10 +147,12 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tens
   Tensor dk = torch::stable::empty_like(key);
   Tensor dv = torch::stable::empty_like(value);
   if (p.k_len == 0) return {torch::stable::zero_(dq), dk, dv};
-  std::optional<Tensor> statistics;
+  std::optional<Tensor> workspace;
   if (const int64_t size = statistics_floats(p)) {
-    statistics = torch::stable::new_empty(query, {size}, ScalarType::Float);
-    p.statistics = floats(*statistics);
+    const int64_t sums = with_head_dim(p.head_dim, [&](auto dim) { return dq_floats<dim>(p); });
+    workspace = torch::stable::new_empty(query, {size + sums}, ScalarType::Float);
+    p.statistics = floats(*workspace);
+    p.dq_sums = sums ? p.statistics + size : nullptr;
   }
   p.o = strided(out);
   p.d_o = strided(dout);
@@ -185,7 +188,7 @@ STABLE_TORCH_LIBRARY(ldm4ts_kernels, m) {
   m.def(
       "flash_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
       "Tensor? attn_mask, Tensor? dlse, bool is_causal, float scale, Tensor? seed=None, "
-      "float dropout_p=0.0) "
+      "float dropout_p=0.0, bool repeatable=False) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "int8_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) "
@@ -193,7 +196,8 @@ STABLE_TORCH_LIBRARY(ldm4ts_kernels, m) {
   m.def(
       "int8_backward(Tensor dout, Tensor query, Tensor key_int8, Tensor key_scale, Tensor "
       "key_mean, "
-      "Tensor value, Tensor out, Tensor lse, Tensor? dlse, bool is_causal, float scale) "
+      "Tensor value, Tensor out, Tensor lse, Tensor? dlse, bool is_causal, float scale, "
+      "bool repeatable=False) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("device_error(int index) -> str");
 }

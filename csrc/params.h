@@ -34,6 +34,7 @@ struct FlashParams {
   float* dlse;           // (B, H, Q) or null
   const uint64_t* seed;  // of dropout, on the device; null without
   float* statistics;  // (B, H, padded Q, 2): lse · log2(e), Σ_d do·o − dlse; null: blocks find them
+  float* dq_sums;     // (B, H, padded Q, ⌈D / 8⌉ · 8), by fragments; null: no block adds to them
   int64_t mask_kind;
   int64_t bfloat16;  // 1: bfloat16, 0: float16
   int32_t batch;
@@ -45,12 +46,12 @@ struct FlashParams {
   float scale;
   int32_t causal;  // 1: query i sees keys 0..i
   float dropout_p;
-  int32_t reserved;
+  int32_t repeatable;  // 1: gradients are the same bit for bit in every run
 };
 
 // Whether a call needs the kernels for masks and dropout. The plain ones fold the scale into exp2,
 // which only works for a positive one.
-inline bool is_general(const FlashParams& p) {
+constexpr bool is_general(const FlashParams& p) {
   return p.mask_kind != kNoMask || p.seed != nullptr || !(p.scale > 0.0f);
 }
 

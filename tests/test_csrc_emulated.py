@@ -37,14 +37,14 @@ class FlashParams(ctypes.Structure):
 
     _fields_ = [
         *((name, Strided) for name in ("q", "k", "v", "o", "d_o", "dq", "dk", "dv", "mask")),
-        *((name, ctypes.c_int64) for name in ("mask_col", "lse", "dlse", "seed", "statistics")),
+        *((name, ctypes.c_int64) for name in ("mask_col", "lse", "dlse", "seed", "statistics", "dq_sums")),
         *((name, ctypes.c_int64) for name in ("mask_kind", "bfloat16")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads")),
         *((name, ctypes.c_int32) for name in ("q_len", "k_len", "head_dim")),
         ("scale", ctypes.c_float),
         ("causal", ctypes.c_int32),
         ("dropout_p", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
+        ("repeatable", ctypes.c_int32),
     ]
 
 
@@ -71,6 +71,7 @@ class Case:
     dropout_p: float = 0.0
     layout: str = "BHND"
     processors: int = MANY
+    repeatable: bool = False
 
     def __str__(self) -> str:
         named = {field.name: field.default for field in fields(self)}
@@ -145,7 +146,7 @@ def compile_kernels(root: Path, head_dim: int, target: Path) -> ctypes.CDLL:
     command += [f"-DLDM_HEAD_DIM={head_dim}", f"-I{root}/tests/emulation", f"-I{root}/csrc"]
     subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
-    library.workspace.restype = ctypes.c_int64
+    library.statistics_floats.restype = library.dq_floats.restype = ctypes.c_int64
     assert library.params_bytes() == ctypes.sizeof(FlashParams)
     return library
 
@@ -249,14 +250,18 @@ def run_backward(
     grads = [case.empty(case.heads, case.q_len)]
     grads += [case.empty(case.kv_heads, case.k_len) for _ in range(2)]
     params = ran.params
-    size = library.workspace(ctypes.byref(params))
-    statistics = torch.full((size + 64,), torch.nan)
-    params.statistics = statistics[32:].data_ptr() if size else 0
+    params.repeatable = case.repeatable
+    sizes = [f(ctypes.byref(params)) for f in (library.statistics_floats, library.dq_floats)]
+    workspaces = [torch.full((size + 64,), torch.nan) for size in sizes]
+    params.statistics, params.dq_sums = (
+        workspace[32:].data_ptr() if size else 0
+        for size, workspace in zip(sizes, workspaces, strict=True)
+    )
     params.d_o = strided(dout)
     params.dlse = 0 if dlse is None else dlse.data_ptr()
     params.dq, params.dk, params.dv = map(strided, grads)
     launch(library, True, params, case.processors)
-    for tensor in (*grads, statistics):
+    for tensor in (*grads, *workspaces):
         assert guards_of(tensor).isnan().all()
     return grads
 
@@ -336,10 +341,17 @@ BACKWARD = [
     Case(40, 270, 64, mask="bool", heads=2),
     Case(40, 70, 256, BF16, is_causal=True),
     # wide tiles: more keys than kFewKeys (csrc/sm80/tiles.h), more blocks than processors
-    Case(150, 270, 40, BF16, processors=FEW),
-    Case(333, 270, 64, is_causal=True, processors=FEW),
-    Case(70, 260, 59, BF16, heads=2, kv_heads=1, layout="BNHD", processors=FEW),
-    Case(130, 257, 80, processors=FEW),
+    *(
+        Case(*shape, repeatable=repeatable, processors=FEW, **options)
+        for repeatable in (False, True)  # or joint ones
+        for shape, options in (
+            ((150, 270, 40, BF16), {}),
+            ((333, 270, 64), {"is_causal": True}),
+            ((70, 260, 59, BF16), {"heads": 2, "kv_heads": 1, "layout": "BNHD"}),
+            ((130, 257, 80), {}),
+            ((70, 290, 160, BF16), {"heads": 2}),
+        )
+    ),
 ]
 
 
@@ -355,7 +367,7 @@ def test_gradient_of_the_lse_flows(kernels, q_len):
 
 
 def test_backward_repeats_bit_for_bit(kernels):
-    case = Case(150, 300, 40)
+    case = Case(150, 300, 40, repeatable=True)
     library = library_for(kernels, case)
     ran = run_forward(library, case)
     dout = case.random(1, case.q_len)

@@ -10,10 +10,11 @@ template <class C>
 int64_t backward_blocks(const FlashParams& p) {
   using Keys = typename C::ByKeys;
   using Queries = typename C::ByQueries;
-  return static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div(p.k_len, Keys::kRows) *
-             Keys::kParts +
-         static_cast<int64_t>(p.batch) * p.heads * ceil_div(p.q_len, Queries::kRows) *
-             Queries::kParts;
+  const int64_t by_keys =
+      static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div(p.k_len, Keys::kRows) * Keys::kParts;
+  const int64_t by_queries =
+      static_cast<int64_t>(p.batch) * p.heads * ceil_div(p.q_len, Queries::kRows) * Queries::kParts;
+  return C::kJoint ? by_keys : by_keys + by_queries;
 }
 
 template <typename T, class C, bool kGeneral>
@@ -31,11 +32,23 @@ int launch_statistics(const FlashParams& p, cudaStream_t stream) {
       blocks, kStatisticsRows, 0, p, stream);
 }
 
+template <typename T, class C>
+int launch_joint(const FlashParams& p, cudaStream_t stream) {
+  if (const int error = launch_tiles<T, C, false>(p, stream)) return error;
+  const int64_t blocks =
+      static_cast<int64_t>(p.batch) * p.heads * ceil_div(p.q_len, kFinishedRows);
+  return launch<flash_bwd_finish_kernel<T, C>>(blocks, kFinishedRows * 2,
+                                               kFinishedRows * C::kPadded * 2, p, stream);
+}
+
 template <int kHeadDim>
 int launch_flash_bwd(const FlashParams& p, cudaStream_t stream) {
   return with_element(p.bfloat16, [&](auto element) {
     using T = decltype(element);
     if (const int error = launch_statistics<T, kHeadDim>(p, stream)) return error;
+    if constexpr (kHasJointBwd<kHeadDim>) {
+      if (p.dq_sums) return launch_joint<T, BwdTiles<kHeadDim, Shape::kJoint>>(p, stream);
+    }
     return with_flag(is_general(p), [&](auto general) {
       constexpr bool kGeneral = decltype(general)::value;
       if constexpr (!kGeneral && kHasWideBwd<kHeadDim>) {

@@ -6,6 +6,8 @@
 // Both compute the scores, so there are 7 products where 5 would do. In return the sums stay in
 // registers and so do p and ds, which are operand A of the next product as they are: no atomics, no
 // float32 dq, no second pass over it, one launch with twice the blocks, the same result every time.
+//   joint:       by keys, and ds goes through shared memory into dq, to which all blocks add in
+//                float32 by atomics: 5 products, for long sequences.
 #pragma once
 #include "../dropout.cuh"
 #include "../mask.cuh"
@@ -24,7 +26,7 @@ struct Sweep {
   int row, column;           // the first row held, and the first column of this block's sums
   int first, steps;          // the first tile met of a head, and how many
   InputTile held, held_too;  // k and v, or q and do
-  uint32_t stages, statistics;
+  uint32_t stages, statistics, scores;
 
   LDM_DEVICE Sweep(const FlashParams& params, int block) : p(params) {
     const int length = S::kByKeys ? p.k_len : p.q_len, heads = S::kByKeys ? p.kv_heads : p.heads;
@@ -45,12 +47,17 @@ struct Sweep {
     held_too = held.rows_from(S::kRows);
     stages = held_too.rows_from(S::kRows).base;
     statistics = stages + S::kStages * S::kStageBytes;
+    scores = statistics + kOwnQueries * 8;
   }
   LDM_DEVICE int met_row(int step) const { return (first + step) * S::kStep; }
   LDM_DEVICE InputTile met(int step) const {
     return {stages + static_cast<uint32_t>(step % S::kStages) * S::kStageBytes};
   }
   LDM_DEVICE InputTile met_too(int step) const { return met(step).rows_from(S::kStep); }
+  // Joint: dsᵀ of a step, there until the step after the next.
+  LDM_DEVICE Tile<S::kStep> ds(int step) const {
+    return {scores + static_cast<uint32_t>(step % 2) * Tile<S::kStep>::bytes(S::kRows)};
+  }
   // Of the first query of a step, by keys: computed for all before the first step, or copied.
   LDM_DEVICE uint32_t statistics_of(int step) const {
     const int at = p.statistics ? step % S::kStages * S::kStep : met_row(step);
@@ -138,9 +145,12 @@ LDM_DEVICE void mask_scores(float (&s)[S::kRowTiles][kTiles][4], const Sweep<S>&
   if constexpr (kGeneral) {
     scale_and_mask<T, S::kByKeys>(s, p, sweep.batch, sweep.head, row, column);
   }
-  // keys past the end are rows that nobody stores, or columns to hide; queries past it have p = 0
-  const bool whole = S::kByKeys ? !p.causal || row + S::kRowTiles * 16 <= column + 1
-                                : column + kTiles * 8 <= key_limit(p, row);
+  // keys past the end are rows that nobody stores, unless they add to dq, or columns to hide;
+  // queries past it have p = 0
+  const int end = row + S::kRowTiles * 16;
+  const bool whole =
+      S::kByKeys ? (!p.causal || end <= column + 1) && (!S::kJoint || end <= p.k_len)
+                 : column + kTiles * 8 <= key_limit(p, row);
   if (!LDM_LIKELY(whole)) hide_unseen_keys<S::kByKeys>(s, p, row, column);
 }
 
@@ -206,6 +216,39 @@ LDM_DEVICE void differentiate_dropped(float (&s)[S::kRowTiles][kTiles][4],
   });
 }
 
+// Joint: what the keys of this block add to dq of a step's queries. All warps have stored its ds.
+template <typename T, class S>
+LDM_DEVICE void add_to_queries(T type, const Sweep<S>& sweep, int step) {
+  const FlashParams& p = sweep.p;
+  const int warp = warp_index();
+  const int query = warp / S::kColumnWarps * S::kQueryTiles * 16;
+  const int column = warp % S::kColumnWarps * S::kPairs * 16;
+  float dq[S::kQueryTiles][2 * S::kPairs][4] = {};
+#pragma unroll 2
+  for (int key = 0; key < S::kRows; key += 16) {
+    uint32_t a[S::kQueryTiles][4];
+    LDM_UNROLL for (int r = 0; r < S::kQueryTiles; ++r) {
+      load_a_transposed(a[r], sweep.ds(step), key, query + r * 16);
+    }
+    LDM_UNROLL for (int n = 0; n < S::kPairs; ++n) {
+      if (S::kPadded % (S::kPairs * 16) != 0 && column + n * 16 >= S::kPadded) break;
+      uint32_t b[4];
+      load_b_transposed(b, sweep.held, key, column + n * 16);
+      LDM_UNROLL for (int r = 0; r < S::kQueryTiles; ++r) {
+        mma(type, dq[r][2 * n], a[r], b[0], b[1]);
+        mma(type, dq[r][2 * n + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+  LDM_UNROLL for (int r = 0; r < S::kQueryTiles; ++r) {
+    const int at = sweep.met_row(step) + query + r * 16;
+    float* target = dq_fragment(p, sweep.batch, sweep.head, at, column);
+    LDM_UNROLL for (int n = 0; n < 2 * S::kPairs; ++n) {
+      if (column + n * 8 < p.head_dim) add_fragment(target + n * 128, dq[r][n]);
+    }
+  }
+}
+
 // One slice of one step: sums (dk, or dq) and values (dv) gain from some of the rows met. What is
 // not a product is done between those of the next one.
 template <typename T, class S, bool kGeneral>
@@ -240,6 +283,13 @@ LDM_DEVICE void meet(Sums<S>& sums, Sums<S>& values, const Operands<S>& operands
   } else {
     differentiate(0, 1);
   }
+  if constexpr (S::kJoint) {
+    LDM_UNROLL for (int r = 0; r < S::kRowTiles; ++r) {
+      LDM_UNROLL for (int n = 0; n < S::kSlice / 8; ++n) {
+        store_accumulator(T(), sweep.ds(step), row - sweep.row + r * 16, at + n * 8, dp[r][n]);
+      }
+    }
+  }
   accumulate(T(), sums, dp, met, at, sweep.column);
 }
 
@@ -262,10 +312,17 @@ LDM_DEVICE void sweep_block(const FlashParams& p, int block) {
   while (true) {
     LDM_ROLLED for (int step = 0; step < sweep.steps; ++step) {
       await_step<S::kStages>(step, start);
+      if constexpr (S::kJoint) {  // a step late: no barrier but that of the copies
+        if (step > 0) add_to_queries(T(), sweep, step - 1);
+      }
       LDM_ROLLED for (int at = 0; at < S::kStep; at += S::kSlice) {
         operands.statistics.met = sweep.statistics_of(step) + at * 8;
         meet<T, S, kGeneral>(sums, values, operands, sweep, step, at, sweep.row + warp_row);
       }
+    }
+    if constexpr (S::kJoint) {
+      sync_block();
+      if (sweep.steps > 0) add_to_queries(T(), sweep, sweep.steps - 1);
     }
     if (!sweep.next_head()) break;
     sync_block();
@@ -290,9 +347,9 @@ LDM_KERNEL(C::kThreads, 1)
 flash_bwd_kernel(LDM_PARAMS p) {
   const int block = static_cast<int>(block_index());
   const int by_keys = sweep_blocks<typename C::ByKeys>(p);
-  if (block < by_keys) {
+  if (C::kJoint || block < by_keys) {
     sweep_block<T, typename C::ByKeys, kGeneral>(p, block);
-  } else {
+  } else if constexpr (!C::kJoint) {
     sweep_block<T, typename C::ByQueries, kGeneral>(p, block - by_keys);
   }
 }

@@ -10,6 +10,13 @@ LDM_DEVICE float* statistics_at(const FlashParams& p, int batch, int head, int q
   return p.statistics + (head_index * padded_queries(p) + query) * 2;
 }
 
+// The dq under way of 16 queries and 8 columns.
+LDM_DEVICE float* dq_fragment(const FlashParams& p, int batch, int head, int query, int column) {
+  const int64_t row = (static_cast<int64_t>(batch) * p.heads + head) * padded_queries(p) + query;
+  const int blocks = ceil_div(p.head_dim, 8);
+  return p.dq_sums + row * blocks * 8 + column * 16;
+}
+
 template <typename T>
 LDM_DEVICE float dot(T, const Chunk& a, const Chunk& b) {
   float sum = 0.0f;
@@ -78,6 +85,33 @@ flash_bwd_statistics_kernel(LDM_PARAMS p) {
                                                    target[2 * row] = lse;
                                                    target[2 * row + 1] = delta;
                                                  });
+  if (!p.dq_sums) return;
+  Chunk* sums = reinterpret_cast<Chunk*>(dq_fragment(p, batch, head, query, 0));
+  const int chunks = kStatisticsRows * ceil_div(p.head_dim, 8) * 2;  // of 4 floats
+  LDM_ROLLED for (int i = thread_index(); i < chunks; i += kStatisticsRows) sums[i] = {};
+}
+
+// A block per kFinishedRows queries: the sums of dq, complete now, become dq.
+constexpr int kFinishedRows = 64;
+template <typename T, class C>
+LDM_KERNEL(kFinishedRows * 2, 1)
+flash_bwd_finish_kernel(LDM_PARAMS p) {
+  const int tiles = ceil_div(p.q_len, kFinishedRows);
+  const int head_index = static_cast<int>(block_index() / tiles);
+  const int query = static_cast<int>(block_index() % tiles) * kFinishedRows;
+  const int batch = head_index / p.heads, head = head_index % p.heads;
+  const int row = warp_index() * 16;
+  const Tile<C::kPadded> tile = {shared_base()};
+  LDM_UNROLL for (int column = 0; column < C::kPadded; column += 8) {
+    if (column >= p.head_dim) break;
+    float c[4];
+    load_fragment(c, dq_fragment(p, batch, head, query + row, column));
+    LDM_UNROLL for (int e = 0; e < 4; ++e) c[e] *= p.scale;
+    store_accumulator(T(), tile, row, column, c);
+  }
+  sync_block();
+  store_tile<kFinishedRows, kFinishedRows * 2>(rows_of(p.dq, batch, head), tile, query, p.q_len,
+                                               p.head_dim);
 }
 
 }  // namespace ldm

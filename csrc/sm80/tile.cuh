@@ -55,6 +55,11 @@ template <int kColumns>
 LDM_DEVICE void load_a(uint32_t (&a)[4], Tile<kColumns> tile, int row, int column) {
   load_matrices(a, corner_rows_first(tile, row, column));
 }
+// A(m, k) = tile[row + k][column + m]
+template <int kColumns>
+LDM_DEVICE void load_a_transposed(uint32_t (&a)[4], Tile<kColumns> tile, int row, int column) {
+  load_matrices_transposed(a, corner_columns_first(tile, row, column));
+}
 // B(k, n) = tile[row + n][column + k], n = 0..15: b[0..1] for n < 8, b[2..3] for the rest
 template <int kColumns>
 LDM_DEVICE void load_b(uint32_t (&b)[4], Tile<kColumns> tile, int row, int column) {

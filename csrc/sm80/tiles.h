@@ -56,7 +56,9 @@ struct BwdRow {
   int head_dim;
   int stages;  // steps in flight
   SideRow by_keys, by_queries;
-};
+  int warps = 4;
+  int query_warps = 0;  // joint: how many of them share out the queries of a step; the others, dq's
+};                      // columns
 // NVIDIA H200, 2026-11-23, and H100, 2026-11-27: the fastest of some ten candidates a side, each
 // timed alone in a graph on the shapes of benchmarks/cases.py; 48, 96, 112, 192 and 256, which no
 // shape has, like their neighbours. Long sequences: 32 rows a warp, so that every fragment of the
@@ -83,6 +85,15 @@ constexpr BwdRow kBwdNarrow[] = {
     {160, 2, {1, false, 32, 32, 1}, {1, true, 32, 32, 1}},
     {192, 2, {1, false, 32, 32, 2}, {1, false, 32, 32, 1}},
     {256, 1, {1, false, 32, 32, 2}, {1, false, 32, 32, 1}},
+};
+
+// One block computes dk and dv of its keys and adds to dq: long sequences, wherever the order of
+// these sums is free. None where the tiles above, which compute the scores twice, are faster.
+constexpr BwdRow kBwdJoint[] = {
+    {40, 2, {2, false, 64, 32, 1}, {}, 4, 4},  {48, 2, {2, false, 64, 32, 1}, {}, 4, 4},
+    {64, 2, {2, false, 64, 32, 1}, {}, 4, 2},  {80, 2, {1, true, 64, 32, 1}, {}, 4, 4},
+    {96, 2, {1, false, 64, 32, 1}, {}, 4, 2},  {112, 2, {1, false, 32, 32, 1}, {}, 4, 2},
+    {128, 2, {1, false, 32, 32, 1}, {}, 4, 2}, {160, 2, {1, false, 32, 32, 1}, {}, 4, 2},
 };
 
 // Up to this many keys, narrow tiles.
@@ -112,7 +123,7 @@ constexpr Row row_for(const Row (&table)[kRows], int head_dim) {
 }
 
 // kGeneral: narrow, for masks and dropout, which take registers of their own.
-enum class Shape { kWide, kNarrow, kFew, kGeneral };
+enum class Shape { kWide, kNarrow, kFew, kGeneral, kJoint };
 
 template <int kDim, Shape kShape>
 struct FwdTiles {
@@ -142,16 +153,19 @@ constexpr bool kHasFewFwd = row_for(kFwdFew, kDim).head_dim == kDim;
 
 template <int kDim, Shape kShape>
 struct BwdTiles {
-  static constexpr BwdRow kRow =
-      kShape == Shape::kWide ? row_for(kBwdWide, kDim) : row_for(kBwdNarrow, kDim);
+  static constexpr bool kJoint = kShape == Shape::kJoint;
+  static constexpr BwdRow kRow = kShape == Shape::kWide ? row_for(kBwdWide, kDim)
+                                 : kJoint               ? row_for(kBwdJoint, kDim)
+                                                        : row_for(kBwdNarrow, kDim);
   static constexpr int kHeadDim = kDim;
   static constexpr int kPadded = ceil_div(kDim, 16) * 16;
-  static constexpr int kThreads = 4 * kWarp;
+  static constexpr int kThreads = kRow.warps * kWarp;
 
   template <bool kKeys>
   struct Side {
     static constexpr SideRow kRow = kKeys ? BwdTiles::kRow.by_keys : BwdTiles::kRow.by_queries;
     static constexpr bool kByKeys = kKeys;
+    static constexpr bool kJoint = BwdTiles::kJoint;
     static constexpr int kPadded = BwdTiles::kPadded;
     static constexpr int kThreads = BwdTiles::kThreads;
     static constexpr int kStages = BwdTiles::kRow.stages;
@@ -173,12 +187,21 @@ struct BwdTiles {
     static_assert(kColumns % 16 == 0 && kStep % kSlice == 0 && kSlice % 16 == 0 &&
                       kStatisticsRows % kStep == 0 && kRows <= kOwnQueries,
                   "operands are 16 wide, statistics 128 long");
+    // of dq's step a warp computes kQueryTiles × kPairs blocks of 16×16
+    static constexpr int kQueryWarps = kJoint ? BwdTiles::kRow.query_warps : 1;
+    static constexpr int kColumnWarps = BwdTiles::kRow.warps / kQueryWarps;
+    static constexpr int kQueryTiles = kStep / 16 / kQueryWarps;
+    static constexpr int kPairs = ceil_div(kPadded / 16, kColumnWarps);
+    static_assert(kStep / 16 % kQueryWarps == 0, "every warp has as many queries");
   };
   using ByKeys = Side<true>;
-  using ByQueries = Side<false>;
+  using ByQueries = Side<kJoint>;                           // joint: there are none
   static constexpr int kStatisticsBytes = kOwnQueries * 8;  // or those of the steps in flight
+  // ds of a step and of the one before
+  static constexpr int kScoreBytes = kJoint ? 2 * ByKeys::kRows * ByKeys::kStep * 2 : 0;
   static constexpr int kSharedBytes =
-      (ByKeys::kBytes > ByQueries::kBytes ? ByKeys::kBytes : ByQueries::kBytes) + kStatisticsBytes;
+      (ByKeys::kBytes > ByQueries::kBytes ? ByKeys::kBytes : ByQueries::kBytes) +
+      kStatisticsBytes + kScoreBytes;
   static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
   static_assert(kRow.stages * ByKeys::kStep * 8 <= kStatisticsBytes, "too many steps in flight");
 };
@@ -186,5 +209,17 @@ struct BwdTiles {
 // Whether wide tiles exist for a head dim.
 template <int kDim>
 constexpr bool kHasWideBwd = row_for(kBwdWide, kDim).head_dim == kDim;
+template <int kDim>
+constexpr bool kHasJointBwd = row_for(kBwdJoint, kDim).head_dim == kDim;
+
+// Floats that p.dq_sums takes, 0 where no block adds to them. kDim: that of the kernels.
+template <int kDim>
+constexpr int64_t dq_floats(const FlashParams& p) {
+  if (!kHasJointBwd<kDim> || p.repeatable || p.k_len <= kFewKeys || is_general(p) ||
+      statistics_floats(p) == 0) {
+    return 0;
+  }
+  return static_cast<int64_t>(padded_queries(p)) * ceil_div(p.head_dim, 8) * 8 * p.batch * p.heads;
+}
 
 }  // namespace ldm

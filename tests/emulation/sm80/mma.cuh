@@ -141,6 +141,15 @@ inline void mma(Int8, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
   std::memcpy(c, out.c, sizeof(c));
 }
 
+// ---- sums in global memory
+
+inline void add_fragment(float* fragment, const float (&c)[4]) {
+  for (int e = 0; e < 4; ++e) fragment[e * kWarp + thread_index() % kWarp] += c[e];
+}
+inline void load_fragment(float (&c)[4], const float* fragment) {
+  for (int e = 0; e < 4; ++e) c[e] = fragment[e * kWarp + thread_index() % kWarp];
+}
+
 // ---- shared memory
 
 struct FourMatrices {
