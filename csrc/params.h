@@ -74,6 +74,9 @@ template <int kHeadDim>
 int launch_flash_fwd(const FlashParams& p, cudaStream_t stream);
 template <int kHeadDim>
 int launch_flash_bwd(const FlashParams& p, cudaStream_t stream);
+// Floats that p.dq_sums takes; none where no two blocks add to the same dq.
+template <int kHeadDim>
+int64_t dq_floats(const FlashParams& p);
 
 // kHeadDim: one of dispatch.h's for INT8.
 template <int kHeadDim>

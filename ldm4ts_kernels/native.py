@@ -114,6 +114,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         ctx.scale,
         seed,
         ctx.dropout_p,
+        torch.are_deterministic_algorithms_enabled(),
     )
     return *grads, *[None] * 5
 
@@ -150,7 +151,9 @@ def flash_attention(
     gradient. A row that sees no key gives 0 and LSE -inf. `seed` fixes which weights dropout drops,
     the same as in `kernels.flash`, and is drawn when None.
 
-    Output and gradients are the same in every run. The gradients have no derivative.
+    The output is the same in every run; so are the gradients under
+    `torch.use_deterministic_algorithms`, and else but for the order of float32 sums in that of a
+    long query. The gradients have no derivative.
 
     Source: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2.
 

@@ -94,6 +94,7 @@ class _Int8Attention(torch.autograd.Function):
             dlse if dlse is None else dlse.contiguous(),
             ctx.is_causal,
             ctx.scale,
+            torch.are_deterministic_algorithms_enabled(),
         )
         if dlse is not None:
             # the rows of dS sum to dLSE, and the keys lack their mean
@@ -122,8 +123,9 @@ def int8_attention(
     when None, and the natural-log LSE, float32, is that of scores with the mean key and carries a
     gradient. Strides are free but the last, which must be 1.
 
-    Output and gradients are the same in every run. A value that is not finite makes its row of the
-    query, or for a key all that its head computes, NaN.
+    The output is the same in every run; so are the gradients under
+    `torch.use_deterministic_algorithms`. A value that is not finite makes its row of the query, or
+    for a key all that its head computes, NaN.
 
     Source: SageAttention, arXiv 2410.02367; SageBwd, arXiv 2505.11594 section 4.
 

@@ -25,6 +25,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Fill what the kernels allocate with NaN, so that an element nobody writes is found."""
     plain = torch.Tensor.new_empty

@@ -37,7 +37,10 @@ class FlashParams(ctypes.Structure):
 
     _fields_ = [
         *((name, Strided) for name in ("q", "k", "v", "o", "d_o", "dq", "dk", "dv", "mask")),
-        *((name, ctypes.c_int64) for name in ("mask_col", "lse", "dlse", "seed", "statistics", "dq_sums")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("mask_col", "lse", "dlse", "seed", "statistics", "dq_sums")
+        ),
         *((name, ctypes.c_int64) for name in ("mask_kind", "bfloat16")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads")),
         *((name, ctypes.c_int32) for name in ("q_len", "k_len", "head_dim")),
@@ -251,7 +254,9 @@ def run_backward(
     grads += [case.empty(case.kv_heads, case.k_len) for _ in range(2)]
     params = ran.params
     params.repeatable = case.repeatable
-    sizes = [f(ctypes.byref(params)) for f in (library.statistics_floats, library.dq_floats)]
+    at = ctypes.byref(params)
+    sizes = [library.statistics_floats(at), library.dq_floats(at, case.processors)]
+    assert (sizes[1] > 0) == (case.processors == FEW and not case.repeatable)
     workspaces = [torch.full((size + 64,), torch.nan) for size in sizes]
     params.statistics, params.dq_sums = (
         workspace[32:].data_ptr() if size else 0
@@ -345,11 +350,14 @@ BACKWARD = [
         Case(*shape, repeatable=repeatable, processors=FEW, **options)
         for repeatable in (False, True)  # or joint ones
         for shape, options in (
-            ((150, 270, 40, BF16), {}),
-            ((333, 270, 64), {"is_causal": True}),
-            ((70, 260, 59, BF16), {"heads": 2, "kv_heads": 1, "layout": "BNHD"}),
-            ((130, 257, 80), {}),
-            ((70, 290, 160, BF16), {"heads": 2}),
+            ((150, 270, 40, BF16), {"heads": 2}),
+            ((333, 270, 64), {"is_causal": True, "heads": 2}),
+            ((70, 260, 59, BF16), {"heads": 4, "kv_heads": 2, "layout": "BNHD"}),
+            ((130, 257, 80), {"heads": 2}),
+            ((100, 300, 96, BF16), {"heads": 4}),
+            ((40, 270, 112), {"heads": 4}),
+            ((70, 290, 160, BF16), {"heads": 4}),
+            ((150, 260, 128), {"heads": 4, "kv_heads": 2, "is_causal": True}),
         )
     ),
 ]

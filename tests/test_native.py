@@ -83,9 +83,7 @@ def forward_on_cpu(query, key, value, attn_mask, is_causal, scale, seed=None, dr
     return torch.empty_like(query).copy_(out), lse.float().contiguous()
 
 
-def backward_on_cpu(
-    dout, query, key, value, out, lse, attn_mask, dlse, is_causal, scale, seed=None, dropout_p=0.0
-):
+def backward_on_cpu(dout, query, key, value, out, lse, attn_mask, dlse, is_causal, scale, *_):
     """The formulas of csrc/sm80/flash_bwd.cuh, scores and all; operators run below autograd."""
     groups = query.shape[1] // key.shape[1]
     keys, values = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
@@ -252,6 +250,35 @@ def test_kernels_are_as_accurate_as_torch_on_a_gpu(shape, is_causal, dtype):
 
 @built
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [36, 40, 64, 80, 96, 112, 128, 160])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_blocks_that_add_to_one_dq_are_as_accurate_as_torch(head_dim, is_causal):
+    shape = Shape(66, 8, 4, 540, 523, head_dim)  # its blocks come in whole waves
+    attend(shape, torch.bfloat16, is_causal=is_causal)
+    assert backward_workspace(shape) > 4 * 66 * 8 * 540 * head_dim, "float32 sums of dq"
+
+
+@built
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_no_block_adds_to_the_dq_of_another_where_that_must_repeat():
+    assert backward_workspace(Shape(66, 8, 4, 540, 523, 64)) < 4 * 66 * 8 * 540 * 4
+
+
+def backward_workspace(shape: Shape) -> int:
+    """Return the bytes that a backward takes beyond its gradients."""
+    leaves = draw(shape, torch.bfloat16, torch.device("cuda"))
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    out = native.flash_attention(*leaves)
+    dout = torch.randn_like(out)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = torch.autograd.grad(out, leaves, dout)
+    return torch.cuda.max_memory_allocated() - before - sum(grad.nbytes for grad in grads)
+
+
+@built
+@pytest.mark.gpu
 def test_a_seed_drops_the_same_weights_in_triton():
     from ldm4ts_kernels.kernels import flash
 
@@ -292,6 +319,7 @@ def test_masks_are_as_accurate_as_torch_on_a_gpu(kind):
 @built
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [239, 1000])
+@pytest.mark.usefixtures("deterministic")
 def test_no_two_of_250_runs_differ(length):
     shape = Shape(60, 4, 4, length, length, 64)
     query, key, value = draw(shape, torch.float16, torch.device("cuda"))

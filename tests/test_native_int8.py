@@ -42,15 +42,17 @@ def forward_on_cpu(query, key, value, is_causal, scale):
     )
 
 
-def int8_backward_on_cpu(dout, query, key_int8, key_scale, key_mean, value, out, lse, dlse, *rest):
+def int8_backward_on_cpu(
+    dout, query, key_int8, key_scale, key_mean, value, out, lse, dlse, is_causal, scale, *_
+):
     rows = key_scale.repeat_interleave(QUANT_ROWS, 2)[:, :, : value.shape[2]]
     head_dim = query.shape[3]
     key = (key_int8 * rows)[..., :head_dim].to(query.dtype)
     rounded = reference.dequantised(query, 1).to(query.dtype)
     groups = query.shape[1] // value.shape[1]
     mean = key_mean[..., :head_dim].repeat_interleave(groups, 1)
-    smooth = lse - (rest[-1] * query * mean).sum(-1)
-    return backward_on_cpu(dout, rounded, key, value, out, smooth, None, dlse, *rest)
+    smooth = lse - (scale * query * mean).sum(-1)
+    return backward_on_cpu(dout, rounded, key, value, out, smooth, None, dlse, is_causal, scale)
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,7 @@ def test_output_and_gradients_point_where_exact_attention_does(head_dim, dtype):
 @built
 @gpu
 @pytest.mark.parametrize("length", [239, 1000])
+@pytest.mark.usefixtures("deterministic")
 def test_no_two_of_250_runs_differ(length):
     leaves = draw(Shape(60, 4, 4, length, length, 64), torch.bfloat16, CUDA)
     first = None

@@ -35,8 +35,7 @@ int launch_statistics(const FlashParams& p, cudaStream_t stream) {
 template <typename T, class C>
 int launch_joint(const FlashParams& p, cudaStream_t stream) {
   if (const int error = launch_tiles<T, C, false>(p, stream)) return error;
-  const int64_t blocks =
-      static_cast<int64_t>(p.batch) * p.heads * ceil_div(p.q_len, kFinishedRows);
+  const int64_t blocks = static_cast<int64_t>(p.batch) * p.heads * ceil_div(p.q_len, kFinishedRows);
   return launch<flash_bwd_finish_kernel<T, C>>(blocks, kFinishedRows * 2,
                                                kFinishedRows * C::kPadded * 2, p, stream);
 }
@@ -65,6 +64,31 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream) {
   });
 }
 
+// Joint blocks have the most to do, so that a last wave that is almost empty costs the most.
+template <typename T, int kHeadDim>
+bool are_joint(const FlashParams& p) {
+  if constexpr (kHasJointBwd<kHeadDim>) {
+    using Joint = BwdTiles<kHeadDim, Shape::kJoint>;
+    if (p.repeatable || is_general(p) || p.k_len <= kFewKeys || !statistics_floats(p)) return false;
+    const int64_t wave =
+        static_cast<int64_t>(device_limits().processors) *
+        resident_blocks<flash_bwd_kernel<T, Joint, false>>(Joint::kThreads, Joint::kSharedBytes);
+    if (wave == 0) return false;  // too large a tile for this GPU
+    const int64_t blocks = backward_blocks<Joint>(p);
+    return 4 * blocks >= 3 * ceil_div(blocks, wave) * wave;
+  }
+  return false;
+}
+
+template <int kHeadDim>
+int64_t dq_floats(const FlashParams& p) {
+  const bool joint =
+      with_element(p.bfloat16, [&](auto x) { return are_joint<decltype(x), kHeadDim>(p); });
+  if (!joint) return 0;
+  return static_cast<int64_t>(padded_queries(p)) * ceil_div(p.head_dim, 8) * 8 * p.batch * p.heads;
+}
+
+template int64_t dq_floats<LDM_HEAD_DIM>(const FlashParams& p);
 template int launch_flash_bwd<LDM_HEAD_DIM>(const FlashParams& p, cudaStream_t stream);
 
 }  // namespace ldm

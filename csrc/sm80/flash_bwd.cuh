@@ -7,7 +7,9 @@
 // registers and so do p and ds, which are operand A of the next product as they are: no atomics, no
 // float32 dq, no second pass over it, one launch with twice the blocks, the same result every time.
 //   joint:       by keys, and ds goes through shared memory into dq, to which all blocks add in
-//                float32 by atomics: 5 products, for long sequences.
+//                float32 by atomics: 5 products, for long sequences. Of a wide head, two warps hold
+//                the same keys: each computes p and ds for half the queries, and sums half the
+//                columns of dk and dv from what both have left in shared memory.
 #pragma once
 #include "../dropout.cuh"
 #include "../mask.cuh"
@@ -54,10 +56,12 @@ struct Sweep {
     return {stages + static_cast<uint32_t>(step % S::kStages) * S::kStageBytes};
   }
   LDM_DEVICE InputTile met_too(int step) const { return met(step).rows_from(S::kStep); }
-  // Joint: dsᵀ of a step, there until the step after the next.
+  // Joint: dsᵀ of a step, there until the next one or, late, the one after that; shared, pᵀ too.
   LDM_DEVICE Tile<S::kStep> ds(int step) const {
-    return {scores + static_cast<uint32_t>(step % 2) * Tile<S::kStep>::bytes(S::kRows)};
+    const int place = S::kShares > 1 ? 1 : S::kLate ? step % 2 : 0;
+    return {scores + static_cast<uint32_t>(place) * Tile<S::kStep>::bytes(S::kRows)};
   }
+  LDM_DEVICE Tile<S::kStep> shared_p() const { return {scores}; }
   // Of the first query of a step, by keys: computed for all before the first step, or copied.
   LDM_DEVICE uint32_t statistics_of(int step) const {
     const int at = p.statistics ? step % S::kStages * S::kStep : met_row(step);
@@ -148,10 +152,19 @@ LDM_DEVICE void mask_scores(float (&s)[S::kRowTiles][kTiles][4], const Sweep<S>&
   // keys past the end are rows that nobody stores, unless they add to dq, or columns to hide;
   // queries past it have p = 0
   const int end = row + S::kRowTiles * 16;
-  const bool whole =
-      S::kByKeys ? (!p.causal || end <= column + 1) && (!S::kJoint || end <= p.k_len)
-                 : column + kTiles * 8 <= key_limit(p, row);
+  const bool whole = S::kByKeys ? (!p.causal || end <= column + 1) && (!S::kJoint || end <= p.k_len)
+                                : column + kTiles * 8 <= key_limit(p, row);
   if (!LDM_LIKELY(whole)) hide_unseen_keys<S::kByKeys>(s, p, row, column);
+}
+
+// The rows of the block that a warp holds, and the first of the block's columns that it sums.
+template <class S>
+LDM_DEVICE int held_row() {
+  return warp_index() / S::kShares * S::kRowTiles * 16;
+}
+template <class S>
+LDM_DEVICE int sum_column() {
+  return warp_index() % S::kShares * S::kSumColumns;
 }
 
 template <class S>
@@ -162,11 +175,12 @@ template <typename T, class S>
 LDM_DEVICE void store_sums(T type, Sums<S>& sums, Tile<S::kPadded> held, const Strided& target,
                            const Sweep<S>& sweep, int warp_row, float scale) {
   const Tile<S::kColumns> tile = {held.base};
+  const int column = sum_column<S>();
   const FlashParams& p = sweep.p;
   LDM_UNROLL for (int r = 0; r < S::kRowTiles; ++r) {
     LDM_UNROLL for (int n = 0; n < S::kSumTiles; ++n) {
       LDM_UNROLL for (int e = 0; e < 4; ++e) sums[r][n][e] *= scale;
-      store_accumulator(type, tile, warp_row + r * 16, n * 8, sums[r][n]);
+      store_accumulator(type, tile, warp_row + r * 16, column + n * 8, sums[r][n]);
     }
   }
   sync_block();
@@ -231,7 +245,7 @@ LDM_DEVICE void add_to_queries(T type, const Sweep<S>& sweep, int step) {
       load_a_transposed(a[r], sweep.ds(step), key, query + r * 16);
     }
     LDM_UNROLL for (int n = 0; n < S::kPairs; ++n) {
-      if (S::kPadded % (S::kPairs * 16) != 0 && column + n * 16 >= S::kPadded) break;
+      if (S::kPairs * S::kColumnWarps * 16 > S::kPadded && column + n * 16 >= S::kPadded) break;
       uint32_t b[4];
       load_b_transposed(b, sweep.held, key, column + n * 16);
       LDM_UNROLL for (int r = 0; r < S::kQueryTiles; ++r) {
@@ -245,6 +259,16 @@ LDM_DEVICE void add_to_queries(T type, const Sweep<S>& sweep, int step) {
     float* target = dq_fragment(p, sweep.batch, sweep.head, at, column);
     LDM_UNROLL for (int n = 0; n < 2 * S::kPairs; ++n) {
       if (column + n * 8 < p.head_dim) add_fragment(target + n * 128, dq[r][n]);
+    }
+  }
+}
+
+template <typename T, class S, int kTiles>
+LDM_DEVICE void store_scores(T type, Tile<S::kStep> tile, int column,
+                             const float (&c)[S::kRowTiles][kTiles][4]) {
+  LDM_UNROLL for (int r = 0; r < S::kRowTiles; ++r) {
+    LDM_UNROLL for (int n = 0; n < kTiles; ++n) {
+      store_accumulator(type, tile, held_row<S>() + r * 16, column + n * 8, c[r][n]);
     }
   }
 }
@@ -284,19 +308,45 @@ LDM_DEVICE void meet(Sums<S>& sums, Sums<S>& values, const Operands<S>& operands
     differentiate(0, 1);
   }
   if constexpr (S::kJoint) {
-    LDM_UNROLL for (int r = 0; r < S::kRowTiles; ++r) {
-      LDM_UNROLL for (int n = 0; n < S::kSlice / 8; ++n) {
-        store_accumulator(T(), sweep.ds(step), row - sweep.row + r * 16, at + n * 8, dp[r][n]);
-      }
-    }
+    store_scores<T, S>(T(), sweep.ds(step), at, dp);
   }
   accumulate(T(), sums, dp, met, at, sweep.column);
+}
+
+// One step of warps that share their keys: the scores of this warp's slice, then all sums.
+template <typename T, class S>
+LDM_DEVICE void meet_shared(Sums<S>& sums, Sums<S>& values, Operands<S>& operands,
+                            const Sweep<S>& sweep, int step) {
+  const auto met = sweep.met(step), met_too = sweep.met_too(step);
+  const int at = warp_index() % S::kShares * S::kSlice, row = held_row<S>();
+  operands.statistics.met = sweep.statistics_of(step) + at * 8;
+  {
+    float s[S::kRowTiles][S::kSlice / 8][4] = {}, dp[S::kRowTiles][S::kSlice / 8][4] = {};
+    const float scale = sweep.p.scale * kLog2e;
+    multiply_rows<S::kUnroll>(T(), s, operands.held, met, at);
+    mask_scores<T, S, false>(s, sweep, sweep.row + row, sweep.met_row(step) + at);
+    multiply_rows<S::kSteps>(T(), dp, operands.held_too, met_too, at, [&](int part, int parts) {
+      operands.statistics.for_share(part, parts, [&](int r, int n, int e, float lse, float) {
+        s[r][n][e] = exp2_approx(s[r][n][e] * scale - lse);
+      });
+    });
+    store_scores<T, S>(T(), sweep.shared_p(), at, s);
+    operands.statistics.for_share(0, 1, [&](int r, int n, int e, float, float delta) {
+      dp[r][n][e] = s[r][n][e] * (dp[r][n][e] - delta);
+    });
+    store_scores<T, S>(T(), sweep.ds(step), at, dp);
+  }
+  sync_block();
+  const int column = sum_column<S>();
+  accumulate_tile(T(), values, sweep.shared_p().rows_from(row), met_too, column);
+  accumulate_tile(T(), sums, sweep.ds(step).rows_from(row), met, column);
+  add_to_queries(T(), sweep, step);
 }
 
 template <typename T, class S, bool kGeneral>
 LDM_DEVICE void sweep_block(const FlashParams& p, int block) {
   Sweep<S> sweep(p, block);
-  const int warp_row = warp_index() * S::kRowTiles * 16;
+  const int warp_row = held_row<S>();
   const auto start = [&](int step) { sweep.start(step); };
   sweep.start_held();
   LDM_UNROLL for (int step = 0; step < S::kStages - 1; ++step) start(step);
@@ -312,15 +362,23 @@ LDM_DEVICE void sweep_block(const FlashParams& p, int block) {
   while (true) {
     LDM_ROLLED for (int step = 0; step < sweep.steps; ++step) {
       await_step<S::kStages>(step, start);
-      if constexpr (S::kJoint) {  // a step late: no barrier but that of the copies
-        if (step > 0) add_to_queries(T(), sweep, step - 1);
-      }
-      LDM_ROLLED for (int at = 0; at < S::kStep; at += S::kSlice) {
-        operands.statistics.met = sweep.statistics_of(step) + at * 8;
-        meet<T, S, kGeneral>(sums, values, operands, sweep, step, at, sweep.row + warp_row);
+      if constexpr (S::kShares > 1) {
+        meet_shared<T, S>(sums, values, operands, sweep, step);
+      } else {
+        if constexpr (S::kLate) {
+          if (step > 0) add_to_queries(T(), sweep, step - 1);
+        }
+        LDM_ROLLED for (int at = 0; at < S::kStep; at += S::kSlice) {
+          operands.statistics.met = sweep.statistics_of(step) + at * 8;
+          meet<T, S, kGeneral>(sums, values, operands, sweep, step, at, sweep.row + warp_row);
+        }
+        if constexpr (S::kJoint && !S::kLate) {
+          sync_block();
+          add_to_queries(T(), sweep, step);
+        }
       }
     }
-    if constexpr (S::kJoint) {
+    if constexpr (S::kLate) {
       sync_block();
       if (sweep.steps > 0) add_to_queries(T(), sweep, sweep.steps - 1);
     }

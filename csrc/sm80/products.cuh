@@ -93,4 +93,23 @@ LDM_DEVICE void accumulate(T type, float (&sum)[kRowTiles][kSumTiles][4],
   }
 }
 
+// The same with scores that lie in a tile: sum += tile of scores[scores_row.., 0..] · tile.
+template <typename T, int kRowTiles, int kSumTiles, int kScoreColumns, int kColumns>
+LDM_DEVICE void accumulate_tile(T type, float (&sum)[kRowTiles][kSumTiles][4],
+                                Tile<kScoreColumns> scores, Tile<kColumns> tile, int column) {
+  constexpr int kPairs = ceil_div(kSumTiles, 2);
+  LDM_UNROLL for (int k = 0; k < kScoreColumns / 16; ++k) {
+    uint32_t a[kRowTiles][4];
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) load_a(a[r], scores, r * 16, k * 16);
+    LDM_UNROLL for (int n = 0; n < kPairs; ++n) {
+      uint32_t b[4];
+      load_b_transposed(b, tile, k * 16, column + n * 16);
+      LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+        mma(type, sum[r][2 * n], a[r], b[0], b[1]);
+        if (2 * n + 1 < kSumTiles) mma(type, sum[r][2 * n + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+}
+
 }  // namespace ldm

@@ -1,7 +1,7 @@
 // Every block size of the mma.sync kernels. Kernels contain no numbers.
 //
-// Each row fits 99 KiB (sm_86, sm_89), and a wide one of the forward 163 (sm_80, and sm_90 through
-// the same kernels): where one does not fit, the narrow one serves.
+// Each row fits 99 KiB (sm_86, sm_89), and a wide one of the forward or a joint one 163 (sm_80, and
+// sm_90 through the same kernels): where one does not fit, the narrow one serves.
 #pragma once
 #include "../params.h"
 #include "../types.h"
@@ -56,20 +56,20 @@ struct BwdRow {
   int head_dim;
   int stages;  // steps in flight
   SideRow by_keys, by_queries;
+  // joint:
   int warps = 4;
-  int query_warps = 0;  // joint: how many of them share out the queries of a step; the others, dq's
-};                      // columns
+  int query_warps = 0;  // of them share out the queries of dq, warps / query_warps its columns
+  int shares = 1;       // warps that hold the same keys, each meets a slice and sums some columns
+  bool late = false;    // dq gains from a step during the next one, without a barrier between
+};
 // NVIDIA H200, 2026-11-23, and H100, 2026-11-27: the fastest of some ten candidates a side, each
 // timed alone in a graph on the shapes of benchmarks/cases.py; 48, 96, 112, 192 and 256, which no
 // shape has, like their neighbours. Long sequences: 32 rows a warp, so that every fragment of the
-// met rows serves two products. None for 16, where twice the warps an SM are worth more.
+// met rows serves two products. None for 16, where twice the warps an SM are worth more, nor where
+// joint tiles serve all but the few long calls that must repeat.
 constexpr BwdRow kBwdWide[] = {
     {32, 2, {2, true, 64, 32, 1}, {2, true, 64, 32, 1}},
-    {40, 2, {2, false, 64, 32, 1}, {2, true, 64, 32, 1}},
-    {48, 2, {2, false, 64, 32, 1}, {2, true, 64, 32, 1}},
     {64, 2, {2, false, 64, 32, 1}, {2, true, 64, 16, 1}},
-    {80, 2, {1, true, 64, 32, 1}, {2, false, 64, 32, 1}},
-    {96, 2, {1, false, 64, 32, 1}, {2, false, 64, 32, 1}},
 };
 // Short ones, masks, and head dims whose sums leave no room for more.
 constexpr BwdRow kBwdNarrow[] = {
@@ -90,10 +90,14 @@ constexpr BwdRow kBwdNarrow[] = {
 // One block computes dk and dv of its keys and adds to dq: long sequences, wherever the order of
 // these sums is free. None where the tiles above, which compute the scores twice, are faster.
 constexpr BwdRow kBwdJoint[] = {
-    {40, 2, {2, false, 64, 32, 1}, {}, 4, 4},  {48, 2, {2, false, 64, 32, 1}, {}, 4, 4},
-    {64, 2, {2, false, 64, 32, 1}, {}, 4, 2},  {80, 2, {1, true, 64, 32, 1}, {}, 4, 4},
-    {96, 2, {1, false, 64, 32, 1}, {}, 4, 2},  {112, 2, {1, false, 32, 32, 1}, {}, 4, 2},
-    {128, 2, {1, false, 32, 32, 1}, {}, 4, 2}, {160, 2, {1, false, 32, 32, 1}, {}, 4, 2},
+    {40, 2, {2, false, 64, 32, 1}, {}, 4, 4, 1, true},
+    {48, 2, {2, false, 64, 32, 1}, {}, 4, 4, 1, true},
+    {64, 2, {2, false, 64, 32, 1}, {}, 4, 2, 1, true},
+    {80, 2, {2, false, 64, 16, 1}, {}, 4, 4},
+    {96, 1, {2, false, 64, 32, 1}, {}, 4, 2, 2},
+    {112, 2, {1, false, 32, 32, 1}, {}, 4, 2, 1, true},
+    {128, 1, {2, false, 64, 32, 1}, {}, 4, 2, 2},
+    {160, 2, {1, false, 32, 32, 1}, {}, 4, 2, 1, true},
 };
 
 // Up to this many keys, narrow tiles.
@@ -170,7 +174,9 @@ struct BwdTiles {
     static constexpr int kThreads = BwdTiles::kThreads;
     static constexpr int kStages = BwdTiles::kRow.stages;
     static constexpr int kRowTiles = kRow.row_tiles;
-    static constexpr int kRows = kThreads / kWarp * kRowTiles * 16;
+    static constexpr int kShares = BwdTiles::kRow.shares;
+    static constexpr bool kLate = BwdTiles::kRow.late;
+    static constexpr int kRows = kThreads / kWarp / kShares * kRowTiles * 16;
     static constexpr bool kFrugal = kShape == Shape::kGeneral && kPadded >= 64;
     static constexpr bool kKept = kRow.kept && !kFrugal;
     static constexpr int kSteps = kPadded / 16;
@@ -180,8 +186,9 @@ struct BwdTiles {
     static constexpr int kStep = kRow.step;
     static constexpr int kSlice = kFrugal ? (kPadded > 128 ? 16 : 32) : kRow.slice;
     static constexpr int kParts = kRow.parts;
-    static constexpr int kColumns = kPadded / kParts;  // of the sums
-    static constexpr int kSumTiles = kParts == 1 ? kDim / 8 : kColumns / 8;
+    static constexpr int kColumns = kPadded / kParts;       // of the sums
+    static constexpr int kSumColumns = kColumns / kShares;  // a warp's
+    static constexpr int kSumTiles = kParts * kShares == 1 ? kDim / 8 : kSumColumns / 8;
     static constexpr int kStageBytes = 2 * kStep * kPadded * 2;  // q and do, or k and v
     static constexpr int kBytes = 2 * kRows * kPadded * 2 + kStages * kStageBytes;
     static_assert(kColumns % 16 == 0 && kStep % kSlice == 0 && kSlice % 16 == 0 &&
@@ -192,17 +199,21 @@ struct BwdTiles {
     static constexpr int kColumnWarps = BwdTiles::kRow.warps / kQueryWarps;
     static constexpr int kQueryTiles = kStep / 16 / kQueryWarps;
     static constexpr int kPairs = ceil_div(kPadded / 16, kColumnWarps);
-    static_assert(kStep / 16 % kQueryWarps == 0, "every warp has as many queries");
+    static_assert(kStep / 16 % kQueryWarps == 0 && kSumColumns % 16 == 0 &&
+                      (kShares == 1 || (kStep == kShares * kSlice && !kLate)),
+                  "every warp has as much to do");
   };
   using ByKeys = Side<true>;
   using ByQueries = Side<kJoint>;                           // joint: there are none
   static constexpr int kStatisticsBytes = kOwnQueries * 8;  // or those of the steps in flight
-  // ds of a step and of the one before
-  static constexpr int kScoreBytes = kJoint ? 2 * ByKeys::kRows * ByKeys::kStep * 2 : 0;
+  // ds, and that of the step before, or p
+  static constexpr int kScoreTiles = !kJoint ? 0 : ByKeys::kLate || ByKeys::kShares > 1 ? 2 : 1;
+  static constexpr int kScoreBytes = kScoreTiles * ByKeys::kRows * ByKeys::kStep * 2;
   static constexpr int kSharedBytes =
-      (ByKeys::kBytes > ByQueries::kBytes ? ByKeys::kBytes : ByQueries::kBytes) +
-      kStatisticsBytes + kScoreBytes;
-  static_assert(kRow.head_dim == kDim && kSharedBytes <= kShared99, "no row, or too large a one");
+      (ByKeys::kBytes > ByQueries::kBytes ? ByKeys::kBytes : ByQueries::kBytes) + kStatisticsBytes +
+      kScoreBytes;
+  static_assert(kRow.head_dim == kDim && kSharedBytes <= (kJoint ? kShared163 : kShared99),
+                "no row, or too large a one");
   static_assert(kRow.stages * ByKeys::kStep * 8 <= kStatisticsBytes, "too many steps in flight");
 };
 
@@ -211,15 +222,5 @@ template <int kDim>
 constexpr bool kHasWideBwd = row_for(kBwdWide, kDim).head_dim == kDim;
 template <int kDim>
 constexpr bool kHasJointBwd = row_for(kBwdJoint, kDim).head_dim == kDim;
-
-// Floats that p.dq_sums takes, 0 where no block adds to them. kDim: that of the kernels.
-template <int kDim>
-constexpr int64_t dq_floats(const FlashParams& p) {
-  if (!kHasJointBwd<kDim> || p.repeatable || p.k_len <= kFewKeys || is_general(p) ||
-      statistics_floats(p) == 0) {
-    return 0;
-  }
-  return static_cast<int64_t>(padded_queries(p)) * ceil_div(p.head_dim, 8) * 8 * p.batch * p.heads;
-}
 
 }  // namespace ldm

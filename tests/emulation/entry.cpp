@@ -10,7 +10,10 @@ int params_bytes() { return sizeof(ldm::FlashParams); }
 
 // Floats of workspace for p.statistics and p.dq_sums.
 int64_t statistics_floats(const ldm::FlashParams* p) { return ldm::statistics_floats(*p); }
-int64_t dq_floats(const ldm::FlashParams* p) { return ldm::dq_floats<LDM_HEAD_DIM>(*p); }
+int64_t dq_floats(const ldm::FlashParams* p, int processors) {
+  ldm::device_limits().processors = processors;
+  return ldm::dq_floats<LDM_HEAD_DIM>(*p);
+}
 
 // Returns the launcher's code; *conflicts: bank conflicts of ldmatrix; *error: what went wrong.
 int run(int backward, const ldm::FlashParams* p, int processors, int64_t* conflicts,
