@@ -52,7 +52,7 @@ def source(rows: Rows) -> str:
     return f"*{rows[0]['gpu']}; {rows[0]['versions']}; `{rows[0]['command']}`.*"
 
 
-SECONDS = 0.25  # a measurement takes about that long at most, of 5 repeats at least
+SECONDS = 0.15  # a measurement takes about that long at most, of 5 repeats at least
 
 
 def device_ms(function: Callable[[], object], repeats: int = 30) -> float:

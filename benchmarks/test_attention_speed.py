@@ -1,10 +1,11 @@
 """Attention against its peers, all in one run: device time by graph replay, and an eager call.
 
-    pytest benchmarks/test_attention_speed.py --benchmark-only
+    pytest benchmarks/test_attention_speed.py --benchmark-only -k bf16
 
-bf16, random data with a bias a channel in the key. A peer that refuses a shape is written down with
-its refusal. sageattention has no backward pass; 2.x launches on the default stream, which a graph
-does not capture, so only its eager time is taken.
+Random data with a bias a channel in the key; bf16, of which the tables are made, or fp16, exact
+attention alone, in a file of its own. A peer that refuses a shape is written down with its refusal.
+sageattention has no backward pass; 2.x launches on the default stream, which a graph does not
+capture, so only its eager time is taken.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,17 +23,19 @@ from ldm4ts_kernels import attention_fn
 from ldm4ts_kernels.backends import CHAINS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-rows: list[dict[str, object]] = []
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FILES = {"bf16": "attention_speed", "fp16": "attention_speed_fp16"}
+rows: dict[str, list[dict[str, object]]] = {name: [] for name in DTYPES}
 
 
-def draw(shape: Shape) -> list[Tensor]:
+def draw(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """Draw query, key and value in the layout of a U-Net: (B, N, H, D) in memory."""
     lengths = (shape.Q, shape.K, shape.K)
     tensors = [
-        torch.randn(shape.B, length, shape.H, shape.D, device="cuda", dtype=torch.bfloat16)
+        torch.randn(shape.B, length, shape.H, shape.D, device="cuda", dtype=dtype)
         for length in lengths
     ]
-    tensors[1] += torch.randn(shape.H, shape.D, device="cuda", dtype=torch.bfloat16)
+    tensors[1] += torch.randn(shape.H, shape.D, device="cuda", dtype=dtype)
     return [tensor.transpose(1, 2).requires_grad_() for tensor in tensors]
 
 
@@ -51,16 +54,19 @@ def flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def contenders() -> dict[str, Callable[..., Tensor]]:
+def contenders(dtype: str) -> dict[str, Callable[..., Tensor]]:
     """Return the peers, and each of our backends by name."""
     peers: dict[str, Callable[..., Tensor]] = {
         "sdpa": F.scaled_dot_product_attention,  # as torch chooses
         "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
         "sdpa efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-        "flex": flex(),
     }
+    if dtype == "bf16":
+        peers["flex"] = flex()
     for precision, chain in CHAINS.items():
+        if (precision, dtype) == ("int8", "fp16"):
+            continue
         for row in chain[:-1]:
             peers[row.name] = partial(attention_fn, precision=precision, backend=row.name)
     return peers
@@ -75,13 +81,13 @@ def both_passes(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callabl
     return run
 
 
-def time_shape(shape: Shape, backward: bool) -> Iterator[dict[str, object]]:
+def time_shape(shape: Shape, backward: bool, dtype: str = "bf16") -> Iterator[dict[str, object]]:
     """Yield a row a contender: its times and TFLOP/s, or its refusal; `ldm4ts bench` prints it."""
-    tensors = draw(shape)
+    tensors = draw(shape, DTYPES[dtype])
     flops = 4 * shape.B * shape.H * shape.Q * shape.K * shape.D * (3.5 if backward else 1.0)
-    for name, attend in contenders().items():
+    for name, attend in contenders(dtype).items():
         row: dict[str, object] = {
-            "shape": str(shape), "origin": shape.origin, "dtype": "bf16", "backend": name,
+            "shape": str(shape), "origin": shape.origin, "dtype": dtype, "backend": name,
             "pass": "forward+backward" if backward else "forward",
             "device_ms": "", "eager_ms": "", "tflops": "", "refusal": "",
         }  # fmt: skip
@@ -101,11 +107,12 @@ def time_shape(shape: Shape, backward: bool) -> Iterator[dict[str, object]]:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention(benchmark, shape, backward):
-    timed = list(time_shape(shape, backward))
-    rows.extend(timed)
-    write_rows("attention_speed", rows)  # shape by shape: a run that is cut keeps what it has
-    tensors = draw(shape)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention(benchmark, dtype, shape, backward):
+    timed = list(time_shape(shape, backward, dtype))
+    rows[dtype].extend(timed)
+    write_rows(FILES[dtype], rows[dtype])  # a run that is cut keeps what it has
+    tensors = draw(shape, DTYPES[dtype])
     benchmark.pedantic(
         both_passes(attention_fn, tensors) if backward else _without_grad(attention_fn, tensors),
         rounds=20, warmup_rounds=3,
