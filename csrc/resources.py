@@ -21,6 +21,7 @@ DISPATCH = (CSRC / "dispatch.h").read_text()
 HEAD_DIMS = sorted({int(dim) for dim in re.findall(r"X\((\d+)\)", DISPATCH)})
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 SHAPES = {"(Shape)0": "wide", "(Shape)1": "narrow", "(Shape)2": "few keys", "(Shape)3": "general"}
+SHAPES["(Shape)4"] = "joint"
 SHARED_AN_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB, 1 of them the system's for each block
 SHARED_A_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB
 WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64}
@@ -38,6 +39,7 @@ template <int kDim> void show_all() {
   if constexpr (kHasFewFwd<kDim>) show<FwdTiles<kDim, Shape::kFew>>("FwdTiles", ", (Shape)2");
   if constexpr (kHasWideBwd<kDim>) show<BwdTiles<kDim, Shape::kWide>>("BwdTiles", ", (Shape)0");
   show<BwdTiles<kDim, Shape::kNarrow>>("BwdTiles", ", (Shape)1");
+  if constexpr (kHasJointBwd<kDim>) show<BwdTiles<kDim, Shape::kJoint>>("BwdTiles", ", (Shape)4");
   show<BwdTiles<kDim, Shape::kGeneral>>("BwdTiles", ", (Shape)3");
   if constexpr (kHasInt8<kDim>) show<Int8Tiles<kDim>>("Int8Tiles", "");
 }
@@ -113,6 +115,8 @@ def kernels(library: Path) -> list[Kernel]:
         if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             resident = "statistics" in name or "round" in name  # nothing in shared memory
             threads, shared = sizes[tiles]
+            if "finish" in name:  # kFinishedRows
+                threads, shared = 128, 64 * 2 * -(-int(re.findall(r"\d+", tiles)[0]) // 16) * 16
             found.append(
                 Kernel(
                     name, tiles, element, general == "true", arch,

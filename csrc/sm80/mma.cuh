@@ -93,26 +93,15 @@ LDM_DEVICE void mma(Int8, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
 
 // What two adds leave depends on their order. Only load_fragment knows where an element lies.
 LDM_DEVICE void add_fragment(float* fragment, const float (&c)[4]) {
-  const int lane = thread_index() % kWarp;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(fragment + lane * 4), "f"(c[0]),
-               "f"(c[1]), "f"(c[2]), "f"(c[3])
-               : "memory");
-#else
   LDM_UNROLL for (int e = 0; e < 4; ++e) {
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(fragment + e * kWarp + lane), "f"(c[e])
-                 : "memory");
+    asm volatile(
+        "red.global.add.f32 [%0], %1;" ::"l"(fragment + e * kWarp + thread_index() % kWarp),
+        "f"(c[e])
+        : "memory");
   }
-#endif
 }
 LDM_DEVICE void load_fragment(float (&c)[4], const float* fragment) {
-  const int lane = thread_index() % kWarp;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const float4 x = *reinterpret_cast<const float4*>(fragment + lane * 4);
-  c[0] = x.x, c[1] = x.y, c[2] = x.z, c[3] = x.w;
-#else
-  LDM_UNROLL for (int e = 0; e < 4; ++e) c[e] = fragment[e * kWarp + lane];
-#endif
+  LDM_UNROLL for (int e = 0; e < 4; ++e) c[e] = fragment[e * kWarp + thread_index() % kWarp];
 }
 
 // ---- shared memory, by 32-bit address
