@@ -1,6 +1,7 @@
 """How the benchmarks measure and where they write: times, memory, the environment of a figure."""
 
 import csv
+import gc
 import importlib.metadata
 import statistics
 import sys
@@ -50,6 +51,36 @@ def read(name: str) -> Rows:
 def source(rows: Rows) -> str:
     """Say where a table's figures come from."""
     return f"*{rows[0]['gpu']}; {rows[0]['versions']}; `{rows[0]['command']}`.*"
+
+
+MOST_LEFT = 2**20  # bytes
+
+
+def free_memory() -> None:
+    """Give back what an earlier measurement left on the GPU, which the next peak would hold.
+
+    A model goes when its last cycle is collected, cuBLAS's workspace of a stream only when asked.
+    Raises RuntimeError, with how much, where more than MOST_LEFT bytes stay.
+    """
+    gc.collect()
+    clear = torch._C._cuda_clearCublasWorkspaces
+    probe = torch.zeros((), device="cuda", requires_grad=True)
+    probe.register_hook(lambda _: clear())  # in the backward pass's thread, which has its own
+    probe.square().backward()
+    clear()
+    del probe
+    torch.cuda.empty_cache()
+    check_nothing_left()
+
+
+def check_nothing_left() -> None:
+    """Raise RuntimeError where more than MOST_LEFT bytes are allocated on the GPU."""
+    left = torch.cuda.memory_allocated()
+    if left > MOST_LEFT:
+        raise RuntimeError(
+            f"an earlier measurement left {left / 2**20:.1f} MiB on the GPU, which the peak of this"
+            " one would hold"
+        )
 
 
 SECONDS = 0.15  # a measurement takes about that long at most, of 5 repeats at least

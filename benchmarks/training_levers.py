@@ -9,23 +9,24 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from benchmarks.measure import free_memory
 from ldm4ts_kernels.graphs import CudaGraphs, GraphedCall
 from ldm4ts_kernels.model import LDM4TSModel
 from ldm4ts_kernels.model.placement import kept_on_host
 from ldm4ts_kernels.optimizers import build_optimizer, step_in_backward
 from ldm4ts_kernels.process import accelerator_of_one_run
 from ldm4ts_kernels.sharding import Replicas
-from ldm4ts_kernels.training_step import StageLoss, TrainingStep
+from ldm4ts_kernels.training_step import StageLoss, TrainingStep, lay_out_weights
 
 # Steps that are not timed, and those that are, launch by launch and as a graph: of the latter, the
 # first three run as they are and the fourth is captured.
-STEPS = {False: (4, 8), True: (6, 20)}
+STEPS = {False: (3, 6), True: (5, 12)}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Levers:
     optimizer: str = "adamw"
     weights: str = "fp32"
     in_backward: bool = False
+    channels_last: bool = False
     accumulate: int = 1
     graph: bool = True  # and cached latents
 
@@ -60,13 +62,21 @@ OURS = (
     replace(LEAN, name="+ bf16 weights"),
     replace(LEAN, in_backward=True),
 )
+CHANNELS_LAST = tuple(
+    replace(levers, name=f"{levers.name}, channels_last", channels_last=True)
+    for levers in (OURS[1], OURS[-1])
+)
 
 
 @contextmanager
 def prepared(levers: Levers, px: int, batch_size: int) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Give the step on a GPU, a call from a batch to its losses, and a batch in pinned memory."""
+    """Give the step on a GPU, a call from a batch to its losses, and a batch in pinned memory.
+
+    Raises RuntimeError where what was measured before is still there.
+    """
+    free_memory()
     torch.manual_seed(0)
-    with accelerator_of_one_run("cuda", levers.precision) as accelerator:
+    with accelerator_of_one_run("cuda", levers.precision) as accelerator, ExitStack() as undo:
         with torch.device("cuda"):
             model = LDM4TSModel(
                 image_size=(px, px),
@@ -76,38 +86,44 @@ def prepared(levers: Levers, px: int, batch_size: int) -> Iterator[tuple[Any, di
         batch = _batch(model, batch_size, encoded=levers.graph)
         loss = accelerator.prepare_model(StageLoss(model, "forecaster"), evaluation_mode=True)
         graphs = CudaGraphs(model.device) if levers.graph else None
-        call = GraphedCall(levers.name, _step(model, levers, loss.train()), model.device, graphs)
-        with kept_on_host(model, "forecaster") if levers.graph else nullcontext():
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            yield call, batch
-        call.forget()
+        step = _step(model, levers, loss.train())
+        if levers.in_backward:
+            undo.enter_context(step_in_backward(step.optimizer))
+        if levers.graph:
+            undo.enter_context(kept_on_host(model, "forecaster"))
+        call = GraphedCall(levers.name, step, model.device, graphs)
+        undo.callback(call.forget)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        yield call, batch
 
 
-def measure(call: Any, batch: dict[str, Any], untimed: int, timed: int) -> dict[str, Any]:
+def measure(levers: Levers, px: int, batch_size: int) -> dict[str, Any]:
     """Take steps and return their median milliseconds, host and device, and the peak memory.
 
     allocated: the peak of tensors and workspaces; in_all: what the caching allocator reserved for
     them and what the driver counts for the process beyond it.
     """
+    untimed, timed = STEPS[levers.graph]
     times, losses = [], []
-    for _ in range(untimed + timed):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        loss = call(batch)["loss"]
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
-        losses.append(loss.item())
-    free, total = torch.cuda.mem_get_info()
-    context = total - free - torch.cuda.memory_reserved()
-    return {
-        "captured": call.replay is not None,
-        "ms": round(statistics.median(times[untimed:]), 2),
-        "allocated_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1),
-        "in_all_mib": round((torch.cuda.max_memory_reserved() + context) / 2**20, 1),
-        "last_loss": round(losses[-1], 5),
-    }
+    with prepared(levers, px, batch_size) as (call, batch):
+        for _ in range(untimed + timed):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            loss = call(batch)["loss"]
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - began))
+            losses.append(loss.item())
+        free, total = torch.cuda.mem_get_info()
+        context = total - free - torch.cuda.memory_reserved()
+        return {
+            "captured": call.replay is not None,
+            "ms": round(statistics.median(times[untimed:]), 2),
+            "allocated_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1),
+            "in_all_mib": round((torch.cuda.max_memory_reserved() + context) / 2**20, 1),
+            "last_loss": round(losses[-1], 5),
+        }
 
 
 def _batch(model: LDM4TSModel, batch_size: int, encoded: bool) -> dict[str, torch.Tensor]:
@@ -122,13 +138,9 @@ def _batch(model: LDM4TSModel, batch_size: int, encoded: bool) -> dict[str, torc
 
 
 def _step(model: LDM4TSModel, levers: Levers, loss: torch.nn.Module) -> TrainingStep:
+    lay_out_weights(model, levers.weights, levers.channels_last)
     parameters = model.trainable_parameters()
-    if levers.weights == "bf16":
-        for parameter in parameters:
-            parameter.data = parameter.data.bfloat16()
     optimizer = build_optimizer(parameters, 1e-4, 1e-2, levers.optimizer, levers.in_backward)
-    if levers.in_backward:
-        step_in_backward(optimizer)
     clip = 0.0 if levers.in_backward else 1.0
     held = Replicas(parameters)
     return TrainingStep(loss, model, held, optimizer, levers.accumulate, clip, levers.in_backward)

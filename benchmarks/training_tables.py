@@ -25,6 +25,8 @@ OURS = (
     "+ 8-bit AdamW",
     "+ bf16 weights",
     "leanest",
+    "graph, bf16, channels_last",
+    "leanest, channels_last",
 )  # of `benchmarks.training_levers`
 # LDM4TS (arXiv 2502.14887), table IX, ETTh1: MSE and MAE by horizon.
 PAPER = {

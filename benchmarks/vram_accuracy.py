@@ -15,12 +15,13 @@ import itertools
 import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.measure import RESULTS, write_rows
+from benchmarks.measure import RESULTS, free_memory, write_rows
 
 NAME = "vram_accuracy"
 AT_ONCE = 10  # processes; of the largest cases, neighbours in CASES, some 70 GiB
@@ -77,11 +78,11 @@ def measure(case: Case) -> dict[str, Any]:
     """Take three training steps on the GPU and return what they took, in MiB."""
     from ldm4ts_kernels.model import LDM4TSModel
     from ldm4ts_kernels.model.recompute import autoencoder_parts
+    from ldm4ts_kernels.optimizers import step_in_backward
     from ldm4ts_kernels.sharding import Replicas
     from ldm4ts_kernels.training_step import StageLoss, TrainingStep
 
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     size = (case.px, case.px)
     with torch.device("cuda"):
         model = LDM4TSModel(
@@ -109,8 +110,9 @@ def measure(case: Case) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
-        step({"history": history, "future": future})
+    with step_in_backward(optimizer) if case.in_backward else nullcontext():
+        for _ in range(3):
+            step({"history": history, "future": future})
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return {
@@ -121,7 +123,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _optimizer(case: Case, model: Any) -> tuple[list[Any], torch.optim.Optimizer]:
-    from ldm4ts_kernels.optimizers import build_optimizer, step_in_backward
+    from ldm4ts_kernels.optimizers import build_optimizer
 
     if case.part == "autoencoder":
         parameters = model.autoencoder_parameters()
@@ -130,10 +132,9 @@ def _optimizer(case: Case, model: Any) -> tuple[list[Any], torch.optim.Optimizer
     if case.weights == "bf16":
         for parameter in parameters:
             parameter.data = parameter.data.bfloat16()
-    optimizer = build_optimizer(parameters, 1e-4, 1e-2, case.optimizer, case.in_backward)
-    if case.in_backward:
-        step_in_backward(optimizer)
-    return parameters, optimizer
+    return parameters, build_optimizer(
+        parameters, 1e-4, 1e-2, case.optimizer, one_by_one=case.in_backward
+    )
 
 
 def estimate(case: Case) -> dict[str, float]:

@@ -114,7 +114,8 @@ def save_checkpoint(
             with directory_written_whole(target) as scratch:
                 _write(scratch, position, model, states)
                 if average:
-                    save_file(dict(average), scratch / AVERAGE)
+                    dense = {name: tensor.contiguous() for name, tensor in average.items()}
+                    save_file(dense, scratch / AVERAGE)
         except (OSError, SafetensorError) as error:  # a full disk, most of all
             whole = find_checkpoints(directory)
             left = f"{whole[-1].path} is whole" if whole else "there is none before it"

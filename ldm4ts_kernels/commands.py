@@ -100,6 +100,7 @@ def train_command(
     optimizer: flags.Optimizer = None,
     accumulate: flags.Accumulate = None,
     weights: flags.Weights = None,
+    channels_last: flags.ChannelsLast = None,
     optimizer_in_backward: flags.OptimizerInBackward = None,
     offload_activations: flags.OffloadActivations = None,
     shard_states: flags.ShardStates = None,

@@ -1,7 +1,8 @@
 """AdamW with 8-bit states on a GPU: torchao's, its update compiled once for all shapes.
 
 Torchao compiles its update anew for each shape of a parameter, minutes for a U-Net of a hundred.
-Its states are quantised by blocks whatever the shape, so that here each parameter is its blocks.
+Its states are quantised by blocks whatever the shape, so that here each parameter is its blocks,
+in the order of its memory: a weight in channels_last, and its states, is (O, kh, kw, I).
 """
 
 from typing import Any
@@ -73,7 +74,7 @@ class BlockwiseAdamW8bit(AdamW8bit):
                 self.step_by_blocks()
         else:
             with torch.compiler.set_stance("force_eager"):
-                super().step(closure)
+                self.step_by_blocks()
 
     @torch.no_grad()
     def step_by_blocks(self) -> None:
@@ -86,7 +87,9 @@ class BlockwiseAdamW8bit(AdamW8bit):
                 count, mean, square = self._states(parameter)
                 count += 1
                 shape = mean[0].shape
-                weights, gradient = parameter.detach().view(shape), parameter.grad.reshape(shape)
+                axes = _axes_in_memory(parameter)
+                weights = parameter.detach().permute(axes).view(shape)
+                gradient = parameter.grad.permute(axes).reshape(shape)
                 for tensor in (weights, gradient, *mean[:2], *square[:2]):
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
                 rounded = self.bf16_stochastic_round and parameter.dtype is torch.bfloat16
@@ -97,8 +100,9 @@ class BlockwiseAdamW8bit(AdamW8bit):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = self._new_buffer(parameter, True)
-            state["exp_avg_sq"] = self._new_buffer(parameter, False)
+            plain = parameter.detach().permute(_axes_in_memory(parameter))
+            state["exp_avg"] = self._new_buffer(plain, True)
+            state["exp_avg_sq"] = self._new_buffer(plain, False)
         return state["step"], self._blocks(state["exp_avg"]), self._blocks(state["exp_avg_sq"])
 
     def _blocks(self, state: Any) -> State:
@@ -106,3 +110,8 @@ class BlockwiseAdamW8bit(AdamW8bit):
             return (state.view(-1),)
         # Views, as marks for the compiler must not stay with what a checkpoint saves.
         return state.codes.view(-1, self.block_size), state.scale.view(-1), state.qmap
+
+
+def _axes_in_memory(weight: Tensor) -> tuple[int, ...]:
+    """Return the axes in the order of the memory: others than they are in channels_last alone."""
+    return tuple(range(weight.ndim)) if weight.is_contiguous() else (0, 2, 3, 1)

@@ -54,6 +54,11 @@ def exclusions(config: Any) -> Iterator[tuple[str, bool, str]]:
         config.shard_states and config.optimizer != "adamw",
         "adamw with shard_states, whose shares are not whole blocks of 8-bit states",
     )
+    yield (
+        "channels_last",
+        config.shard_states and config.channels_last,
+        "False with shard_states, which cuts plain weights alone",
+    )
     yield name, config.shard_states and config.compiles, "no torch.compile with shard_states"
     yield (
         "offload_activations",

@@ -6,6 +6,7 @@ plus a slope times the batch: two traces give the peak of every batch size.
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,9 +109,7 @@ def trace_step(
     tracker.hold("optimizer", tree_leaves(list(adamw.state.values())))
     tracker.hold("inputs", inputs)
     hooks = [p.register_post_accumulate_grad_hook(tracker.hold_gradient) for p in trained]
-    if in_backward:
-        step_in_backward(adamw)
-    with tracker:
+    with step_in_backward(adamw) if in_backward else nullcontext(), tracker:
         for _ in range(parts):
             tracker.enter("forward")
             value = loss()

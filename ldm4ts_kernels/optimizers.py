@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -79,11 +80,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             current.fill_(rate)
 
 
-def step_in_backward(optimizer: torch.optim.Optimizer) -> None:
+def step_in_backward(optimizer: torch.optim.Optimizer) -> ExitStack:
     """Update each parameter as soon as its gradient is there, and free the gradient.
 
     The backward pass then never holds more than a few gradients. It leaves no gradient to clip by
-    a common norm, or to accumulate. `optimizer` has one group a parameter.
+    a common norm, or to accumulate. `optimizer` has one group a parameter. Ends with the context
+    that is returned, or its `close`: until then the hooks keep the parameters and their states
+    alive, through C++, where Python's collector of cycles does not see it.
     """
     groups = {group["params"][0]: group for group in optimizer.param_groups}
 
@@ -94,8 +97,10 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> None:
         optimizer.param_groups = whole
         parameter.grad = None
 
+    hooks = ExitStack()
     for parameter in groups:
-        parameter.register_post_accumulate_grad_hook(update)
+        hooks.callback(parameter.register_post_accumulate_grad_hook(update).remove)
+    return hooks
 
 
 def make_states(optimizer: torch.optim.Optimizer) -> None:

@@ -39,6 +39,7 @@ FIXED_FOR_A_RUN = (
     "autoencoder_steps",
     "optimizer",
     "weights",
+    "channels_last",
 )
 # `paper` is sized for 2 CPU cores and a few minutes, `guide` for a GPU.
 PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -102,6 +103,7 @@ class TrainConfig:
     device: str = "cpu"
     precision: str = "fp32"  # of the autocast; losses are fp32
     weights: str = "fp32"  # the forecaster's; "bf16" with optimizer "adamw8bit"
+    channels_last: bool = False  # the U-Net's convolutions, in memory
     optimizer: str = "adamw"  # or "adamw8bit": states of a byte
     optimizer_in_backward: bool = False  # frees each gradient at once; without clipping
     accumulate: int = 1  # parts that a batch is split into; its result is the same

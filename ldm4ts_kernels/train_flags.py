@@ -111,6 +111,14 @@ Accumulate = Annotated[
 Weights = Annotated[
     str | None, _option("--weights", "fp32, bf16: of the forecaster", "Optimisation", "weights")
 ]
+ChannelsLast = Annotated[
+    bool | None,
+    _option(
+        "--channels-last/--no-channels-last",
+        "The U-Net's convolutions, in memory (default: off).",
+        "Optimisation",
+    ),
+]
 OptimizerInBackward = Annotated[
     bool | None,
     _option(

@@ -62,7 +62,7 @@ from ldm4ts_kernels.run_lock import hold
 from ldm4ts_kernels.runs import Run, TrainConfig, open_run
 from ldm4ts_kernels.sharding import Replicas, Shards
 from ldm4ts_kernels.training_log import StepLog, StepReport, TrainingError
-from ldm4ts_kernels.training_step import StageLoss, TrainingStep
+from ldm4ts_kernels.training_step import StageLoss, TrainingStep, lay_out_weights
 
 __all__ = [
     "StepReport",
@@ -228,9 +228,8 @@ def _run_stage(job: _Job, name: str) -> _Stage:
     often_enough = config.steps * config.batch_size >= len(windows)
     if not first_stage and config.cache_latents and often_enough:
         windows = encode_once(windows, model.encode_frozen, model.latent_shape, batches)
-    if config.weights == "bf16" and not first_stage:
-        for parameter in parameters:
-            parameter.data = parameter.data.bfloat16()
+    if not first_stage:
+        lay_out_weights(model, config.weights, config.channels_last)
     in_backward = config.optimizer_in_backward and not first_stage
     # Autocast is Accelerate's; gradients are averaged in the step, where a CUDA graph holds it.
     loss = job.accelerator.prepare_model(StageLoss(model, name), evaluation_mode=True).train()
@@ -252,14 +251,15 @@ def _run_stage(job: _Job, name: str) -> _Stage:
         restore_training_state(checkpoint, optimizer, held.share)
         if (averaged := read_average(checkpoint)) is not None:
             average.restore(held.share(averaged))
-    if in_backward:
-        step_in_backward(optimizer)
     stage = _Stage(name, steps, loss, held, optimizer, average)
     build = partial(_build_step, job, stage)
     take_step = LadderedStep(config, build, partial(_change_levers, job), job.peers.count == 1)
     log = StepLog(job.run, config.device, name, steps, partial(served_by, model), job.peers.first)
     encoded = isinstance(windows, EncodedWindows)
-    with kept_on_host(model, name) if first_stage or encoded else nullcontext():
+    with (
+        kept_on_host(model, name) if first_stage or encoded else nullcontext(),
+        step_in_backward(optimizer) if in_backward else nullcontext(),
+    ):
         for step, batch in enumerate(load(windows, batches, config.device), start + 1):
             rate = learning_rate_at(step, steps, peak, config.warmup_steps)
             set_learning_rate(optimizer, rate)

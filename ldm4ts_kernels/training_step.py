@@ -24,6 +24,19 @@ class StageLoss(nn.Module):
         return self.model.loss(batch)
 
 
+def lay_out_weights(model: LDM4TSModel, weights: str, channels_last: bool) -> None:
+    """Give what the second stage trains its dtype, and the U-Net its layout in memory.
+
+    channels_last: convolutions' weights by (O, kh, kw, I), which their activations follow. The
+    parameters stay the same objects.
+    """
+    if weights == "bf16":
+        for parameter in model.trainable_parameters():
+            parameter.data = parameter.data.bfloat16()
+    if channels_last:
+        model.unet.to(memory_format=torch.channels_last)
+
+
 class TrainingStep:
     """Forward, backward, clipping, AdamW: a batch to its losses, detached.
 

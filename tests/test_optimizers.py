@@ -1,12 +1,15 @@
 """AdamW in its forms: the same updates, in less memory where that is asked for."""
 
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from ldm4ts_kernels.checkpoints import (
+    CheckpointError,
     Position,
     optimizer_tensors,
     restore_training_state,
@@ -56,10 +59,24 @@ def test_steps_in_the_backward_pass_are_the_same_and_leave_no_gradients():
     plain, fused = Model(), Model()
     train(plain, build_optimizer(list(plain.parameters()), 1.0, 0.1), range(4))
     optimizer = build_optimizer(list(fused.parameters()), 1.0, 0.1, one_by_one=True)
-    step_in_backward(optimizer)
-    train(fused, optimizer, range(4), own_step=False)
+    with step_in_backward(optimizer):
+        train(fused, optimizer, range(4), own_step=False)
     assert all(map(torch.equal, weights(plain), weights(fused)))
     assert all(parameter.grad is None for parameter in fused.parameters())
+
+
+def test_steps_in_the_backward_pass_end_and_then_hold_no_parameter():
+    model = Model()
+    optimizer = build_optimizer(list(model.parameters()), 1e-2, 0.1, one_by_one=True)
+    with step_in_backward(optimizer):
+        model.loss(0).backward()
+    before = weights(model)
+    model.loss(0).backward()
+    assert all(map(torch.equal, before, weights(model)))
+    held = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model, optimizer
+    gc.collect()
+    assert not any(parameter() is not None for parameter in held)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
@@ -113,15 +130,53 @@ def test_a_step_by_blocks_is_torchaos(dtype):
     optimizers = [
         build_optimizer(list(model.parameters()), 1e-2, 0.1, "adamw8bit") for model in models
     ]
+    theirs = super(type(optimizers[0]), optimizers[0]).step
     with torch.compiler.set_stance("force_eager"):
         for step in range(4):
             for model, optimizer in zip(models, optimizers, strict=True):
                 model.loss(step).backward()
                 torch.manual_seed(step)  # of the rounding
-                optimizer.step_by_blocks() if optimizer is optimizers[1] else optimizer.step()
+                optimizer.step() if optimizer is optimizers[1] else theirs()
                 optimizer.zero_grad()
     assert all(map(torch.equal, *map(weights, models)))
     assert not vars(optimizers[1].state[models[1][0].weight]["exp_avg"].scale)  # for a checkpoint
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 3, 3), (4, 8, 3, 3), (32, 1, 3, 3), (64, 64, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_a_weight_in_channels_last_is_that_of_its_memory(shape, dtype):
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape, dtype=dtype))
+    weight.data = weight.data.to(memory_format=torch.channels_last)
+    plain = not weight.is_contiguous()
+    order = (0, 2, 3, 1) if plain else (0, 1, 2, 3)
+    same = nn.Parameter(weight.detach().permute(order).clone().contiguous())
+    for parameter in (weight, same):
+        torch.manual_seed(1)
+        optimizer = build_optimizer([parameter], 1e-2, 0.1, "adamw8bit")
+        for _ in range(3):
+            gradient = torch.randn(shape, dtype=dtype)  # of another layout than the weight
+            parameter.grad = gradient.permute(order).contiguous() if parameter is same else gradient
+            optimizer.step()
+    assert torch.equal(weight.permute(order), same)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_8_bit_states_of_another_layout_are_not_restored(tmp_path):
+    pytest.importorskip("torchao")
+    checkpoints = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model = nn.Conv2d(16, 32, 3).to(memory_format=layout)
+        model.save_pretrained = lambda directory: None
+        optimizer = build_optimizer(list(model.parameters()), 1e-2, 0.1, "adamw8bit")
+        make_states(optimizer)
+        place = tmp_path / str(layout)
+        states = optimizer_tensors(optimizer)
+        checkpoints.append(save_checkpoint(place, Position(1, 1), model, states, keep=1))
+    restore_training_state(checkpoints[1], optimizer)
+    with pytest.raises(CheckpointError, match=r"exp_avg.codes of parameter 0 has shape \(32, 3, 3"):
+        restore_training_state(checkpoints[0], optimizer)
 
 
 def test_bfloat16_weights_follow_small_updates_by_stochastic_rounding():

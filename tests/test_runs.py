@@ -48,6 +48,10 @@ def begun(config: TrainConfig, scaler: Scaler = SCALER) -> TrainConfig:
             "compile: expected no torch.compile with shard_states",
         ),
         (
+            {"shard_states": True, "channels_last": True},
+            "channels_last: expected False with shard_states",
+        ),
+        (
             {"shard_states": True, "offload_activations": True},
             "offload_activations: expected False with shard_states",
         ),

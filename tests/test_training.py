@@ -1,10 +1,12 @@
 """Runs that end, break, resume bit for bit, and never hide a failure."""
 
+import gc
 import json
 import math
 import os
 import signal
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import tiny_config
 
+from ldm4ts_kernels import training
 from ldm4ts_kernels.batches import SeededBatches
 from ldm4ts_kernels.checkpoints import CheckpointError, find_checkpoints
 from ldm4ts_kernels.data import OptionError, load_splits
@@ -203,6 +206,41 @@ def test_the_leanest_run_trains_bfloat16_weights_and_resumes(tmp_path):
     assert stored["autoencoder.kl.encoder.conv_in.weight"].dtype == torch.float32
 
 
+def test_a_run_that_is_over_holds_no_weights(tmp_path, monkeypatch):
+    held: list[weakref.ref] = []
+    honest = training._build_model
+
+    def watched(*arguments):
+        model = honest(*arguments)
+        held.extend(weakref.ref(parameter) for parameter in model.parameters())
+        return model
+
+    monkeypatch.setattr(training, "_build_model", watched)
+    train(tiny_config(tmp_path, optimizer_in_backward=True, gradient_clip=0))
+    gc.collect()
+    assert held and not any(parameter() is not None for parameter in held)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_run_in_channels_last_resumes_with_that_alone(tmp_path, optimizer):
+    if optimizer == "adamw8bit":
+        pytest.importorskip("torchao")
+    options = {"channels_last": True, "optimizer": optimizer, "steps": 12, "checkpoint_every": 5}
+    options |= {"ema_decay": 0.9}
+    unbroken = tiny_config(tmp_path, "unbroken", **options)
+    train(unbroken)
+    broken = tiny_config(tmp_path, data=unbroken.data, **options)
+    with pytest.raises(TrainingInterrupted):
+        train(broken, stop_at("forecaster", 11))
+    with pytest.raises(OptionError, match=r"channels_last: .* was trained with True, not False"):
+        train(replace(broken, resume=True, channels_last=False))
+    train(replace(broken, resume=True))
+    expected, got = weights(unbroken.output), weights(broken.output)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    model = LDM4TSModel.from_pretrained(Path(broken.output, "model"), device="cpu")
+    assert model.unet.conv_in.weight.is_contiguous()
+
+
 @pytest.mark.parametrize(
     "levers", [{"accumulate": 2}, {"checkpointing": "full"}, {"offload_activations": True}]
 )
@@ -266,9 +304,10 @@ def test_a_run_on_a_gpu_reports_its_peak_and_resumes(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lean", [False, True])
-def test_a_graphed_run_on_a_gpu_has_the_losses_of_an_eager_one(tmp_path, caplog, lean):
+@pytest.mark.parametrize(("lean", "layout"), [(False, False), (True, False), (True, True)])
+def test_a_graphed_run_on_a_gpu_has_the_losses_of_an_eager_one(tmp_path, caplog, lean, layout):
     levers = {"device": "cuda", "checkpointing": "full", "autoencoder_steps": 8, "steps": 12}
+    levers |= {"channels_last": layout}
     if lean:
         pytest.importorskip("torchao")
         levers |= {"optimizer": "adamw8bit", "optimizer_in_backward": True, "gradient_clip": 0}

@@ -1,5 +1,7 @@
 """A step is the same step however it is split, deferred or captured."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from recorders import Rerun
@@ -9,7 +11,7 @@ from ldm4ts_kernels.graphs import GraphedCall
 from ldm4ts_kernels.model import LDM4TSModel
 from ldm4ts_kernels.optimizers import build_optimizer, set_learning_rate, step_in_backward
 from ldm4ts_kernels.sharding import Replicas
-from ldm4ts_kernels.training_step import StageLoss, TrainingStep
+from ldm4ts_kernels.training_step import StageLoss, TrainingStep, lay_out_weights
 
 CPU = torch.device("cpu")
 
@@ -48,6 +50,56 @@ def gradients_of(**levers: object) -> tuple[dict[str, torch.Tensor], list[torch.
     step.optimizer.register_step_pre_hook(look)
     torch.manual_seed(3)
     return step(batch_of(4)), seen
+
+
+def losses_of(layout: bool, optimizer: str, weights: str, mode: str, precision: torch.dtype):
+    """Return the losses of five steps, the last two of them replays, and the model."""
+    model = ready()
+    model.configure("flash", mode)
+    lay_out_weights(model, weights, channels_last=layout)
+    in_backward = optimizer == "adamw8bit"
+    parameters = model.trainable_parameters()
+    adamw = build_optimizer(parameters, 1e-3, 1e-2, optimizer, one_by_one=in_backward)
+    step = TrainingStep(
+        StageLoss(model, "forecaster").train(),
+        model,
+        Replicas(parameters),
+        adamw,
+        in_backward=in_backward,
+    )
+    call = GraphedCall("the step", step, CPU, Rerun())
+    torch.manual_seed(3)
+    bf16 = precision == torch.bfloat16
+    with (
+        step_in_backward(adamw) if in_backward else nullcontext(),
+        torch.autocast("cpu", precision, enabled=bf16, cache_enabled=False),
+    ):
+        return [call(batch_of(4))["loss"].item() for _ in range(5)], model
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "weights", "mode", "precision", "tolerance"),
+    [
+        ("adamw", "fp32", "none", torch.float32, 1e-4),
+        ("adamw", "fp32", "full", torch.float32, 1e-4),
+        ("adamw", "fp32", "selective", torch.bfloat16, 2e-2),
+        ("adamw", "fp32", "none", torch.bfloat16, 2e-2),
+        ("adamw8bit", "fp32", "none", torch.float32, 1e-3),
+        ("adamw8bit", "bf16", "full", torch.bfloat16, 2e-2),
+    ],
+)
+def test_channels_last_changes_the_memory_and_not_the_losses(
+    optimizer, weights, mode, precision, tolerance
+):
+    if optimizer == "adamw8bit":
+        pytest.importorskip("torchao")
+    options = optimizer, weights, mode, precision
+    (losses, model), (plain_losses, plain) = losses_of(True, *options), losses_of(False, *options)
+    assert losses == pytest.approx(plain_losses, rel=tolerance)
+    assert len(set(losses)) == 5
+    weight = model.unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert plain.unet.conv_in.weight.is_contiguous()
 
 
 @pytest.mark.parametrize("parts", [2, 4])
