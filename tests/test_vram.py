@@ -9,7 +9,7 @@ from tiny_model import TINY
 from typer.testing import CliRunner
 
 from ldm4ts_kernels import estimate_vram_usage
-from ldm4ts_kernels.commands import app
+from ldm4ts_kernels.machine_commands import app
 from ldm4ts_kernels.model.config import resolve_config
 from ldm4ts_kernels.model_memory import Step, memory_law
 from ldm4ts_kernels.runs import plan
