@@ -120,7 +120,12 @@ std::tuple<Tensor, Tensor> flash_forward(const Tensor& query, const Tensor& key,
   p.o = strided(out);
   p.lse = floats(lse);
   const cudaStream_t stream = current_stream(query);
+  std::optional<Tensor> partial;
   check_launch("flash_forward", with_head_dim(p.head_dim, [&](auto dim) {
+                 if (const int64_t size = plan_flash_fwd<dim.value>(p)) {
+                   partial = torch::stable::new_empty(query, {size}, ScalarType::Float);
+                   p.partial = floats(*partial);
+                 }
                  return launch_flash_fwd<dim.value>(p, stream);
                }));
   return {out, lse};

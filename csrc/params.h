@@ -35,6 +35,7 @@ struct FlashParams {
   const uint64_t* seed;  // of dropout, on the device; null without
   float* statistics;  // (B, H, padded Q, 2): lse · log2(e), Σ_d do·o − dlse; null: blocks find them
   float* dq_sums;     // (B, H, padded Q, ⌈D / 8⌉ · 8), by fragments; null: no block adds to them
+  float* partial;     // (splits, B, H, Q, ⌈D / 8⌉ · 8), then their LSE (splits, B, H, Q); or null
   int64_t mask_kind;
   int64_t bfloat16;  // 1: bfloat16, 0: float16
   int32_t batch;
@@ -47,6 +48,8 @@ struct FlashParams {
   int32_t causal;  // 1: query i sees keys 0..i
   float dropout_p;
   int32_t repeatable;  // 1: gradients are the same bit for bit in every run
+  int32_t splits;      // blocks that share out the keys of one of the forward
+  int32_t reserved;
 };
 
 // Whether a call needs the kernels for masks and dropout. The plain ones fold the scale into exp2,
@@ -69,11 +72,16 @@ struct Int8Params {
   int32_t parts;      // 0: every block sums all keys itself
 };
 
+// Sets p.splits; returns the floats that p.partial takes, 0 where no keys are shared out.
+template <int kHeadDim>
+int64_t plan_flash_fwd(FlashParams& p);
+
 // Each returns a cudaError_t. kHeadDim is one of dispatch.h's and at least p.head_dim.
 template <int kHeadDim>
 int launch_flash_fwd(const FlashParams& p, cudaStream_t stream);
 template <int kHeadDim>
 int launch_flash_bwd(const FlashParams& p, cudaStream_t stream);
+int launch_flash_combine(const FlashParams& p, cudaStream_t stream);
 // Floats that p.dq_sums takes; none where no two blocks add to the same dq.
 template <int kHeadDim>
 int64_t dq_floats(const FlashParams& p);

@@ -185,18 +185,6 @@ int8_keys_kernel(LDM_PARAMS_OF(Int8Params) p) {
   }
 }
 
-// The first `count` elements of a chunk of a row, at once where the row's alignment allows.
-LDM_DEVICE void store_chunk(Rows rows, int row, int chunk, int count, const Chunk& x) {
-  uint16_t* target = rows.data + row * rows.stride + chunk * kChunk;
-  if (rows.vector) {
-    if (count > 0) *reinterpret_cast<Chunk*>(target) = x;
-    return;
-  }
-  LDM_UNROLL for (int i = 0; i < kChunk; ++i) {
-    if (i < count) target[i] = static_cast<uint16_t>(x.words[i / 2] >> (i % 2 * 16));
-  }
-}
-
 // One query: what its rounding leaves of it, and the LSE of its scores without the mean key.
 template <typename T>
 LDM_DEVICE void round_query(T type, const Int8Params& p, int64_t head_index, int row) {

@@ -79,6 +79,7 @@ def tile_sizes() -> dict[str, tuple[int, int]]:
         source.write_text(
             TILES
             + 'int main() { std::printf("Rows %d %d\\n", kQuantThreads, kQuantBytes); '
+            + 'std::printf("Splits %d 0\\n", kCombineThreads); '
             + " ".join(f"show_all<{dim}>();" for dim in HEAD_DIMS)
             + " }"
         )
@@ -111,7 +112,7 @@ def kernels(library: Path) -> list[Kernel]:
         kernel = r"((?:flash|int8)_\w+)<(\w+)(?:, (\w+<[^>]*>))?(?:, (\w+))?\s*>"
         if match := re.search(kernel, line):
             name, element, tiles, general = match.groups("")
-            tiles = tiles or "Rows"
+            tiles = tiles or ("Splits" if "combine" in name else "Rows")
         if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             resident = "statistics" in name or "round" in name  # nothing in shared memory
             threads, shared = sizes[tiles]

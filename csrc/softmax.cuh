@@ -52,6 +52,12 @@ struct SoftmaxRows {
       top[r][e / 2] = fmaxf(top[r][e / 2], s[r][n][e]);
     });
   }
+  // Of this lane's part, the whole row's.
+  LDM_DEVICE void reduce_sums() {
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+      LDM_UNROLL for (int half = 0; half < 2; ++half) sum[r][half] = quad_sum(sum[r][half]);
+    }
+  }
   // Brings `out` and the sums to a higher base if the slice to come needs one. scale > 0.
   template <int kOutTiles>
   LDM_DEVICE void rebase(float (&out)[kRowTiles][kOutTiles][4], float scale) {

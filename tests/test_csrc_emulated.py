@@ -39,7 +39,7 @@ class FlashParams(ctypes.Structure):
         *((name, Strided) for name in ("q", "k", "v", "o", "d_o", "dq", "dk", "dv", "mask")),
         *(
             (name, ctypes.c_int64)
-            for name in ("mask_col", "lse", "dlse", "seed", "statistics", "dq_sums")
+            for name in ("mask_col", "lse", "dlse", "seed", "statistics", "dq_sums", "partial")
         ),
         *((name, ctypes.c_int64) for name in ("mask_kind", "bfloat16")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads")),
@@ -48,6 +48,8 @@ class FlashParams(ctypes.Structure):
         ("causal", ctypes.c_int32),
         ("dropout_p", ctypes.c_float),
         ("repeatable", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     ]
 
 
@@ -149,7 +151,8 @@ def compile_kernels(root: Path, head_dim: int, target: Path) -> ctypes.CDLL:
     command += [f"-DLDM_HEAD_DIM={head_dim}", f"-I{root}/tests/emulation", f"-I{root}/csrc"]
     subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
-    library.statistics_floats.restype = library.dq_floats.restype = ctypes.c_int64
+    for floats in (library.statistics_floats, library.dq_floats, library.plan):
+        floats.restype = ctypes.c_int64
     assert library.params_bytes() == ctypes.sizeof(FlashParams)
     return library
 
@@ -215,8 +218,12 @@ def run_forward(library: ctypes.CDLL, case: Case) -> Forward:
     lse = torch.full((case.batch, case.heads, case.q_len), torch.nan)
     params = params_of(case, q, k, v, mask)
     params.o, params.lse = strided(out), lse.data_ptr()
+    size = library.plan(ctypes.byref(params), case.processors)
+    partial = torch.full((size + 64,), torch.nan)
+    params.partial = partial[32:].data_ptr() if size else 0
     launch(library, False, params, case.processors)
-    assert guards_of(out).isnan().all()
+    for tensor in (out, partial):
+        assert guards_of(tensor).isnan().all()
     return Forward(q, k, v, mask, params, out, lse)
 
 
@@ -238,13 +245,14 @@ def library_for(kernels, case: Case) -> ctypes.CDLL:
     return kernels(next(dim for dim in HEAD_DIMS if dim >= case.head_dim))
 
 
-def check_forward(library: ctypes.CDLL, case: Case) -> None:
+def check_forward(library: ctypes.CDLL, case: Case) -> Forward:
     ran = run_forward(library, case)
     inputs = [ran.q, ran.k, ran.v]
     exact, exact_lse = reference(case, [x.double() for x in inputs], ran.mask)
     rounded, _ = reference(case, inputs, ran.mask)
     assert_as_accurate_as(ran.out, rounded, exact, factor=2)
     torch.testing.assert_close(ran.lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
+    return ran
 
 
 def run_backward(
@@ -320,6 +328,48 @@ FORWARD = [
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_forward_is_as_accurate_as_torch_in_its_dtype(kernels, case):
     check_forward(library_for(kernels, case), case)
+
+
+# Blocks whose keys are shared out: no more blocks than processors, and four shares of keys.
+SPLIT = [
+    Case(40, 1300, 40, BF16),  # narrow, 4 shares
+    Case(77, 1100, 64, heads=2, processors=4),  # wide: as many queries as two narrow tiles
+    Case(33, 1024, 64, BF16, heads=2, kv_heads=1, layout="BNHD", batch=2),
+    Case(60, 1700, 16, is_causal=True),  # of whose shares all but the first see no key
+    Case(910, 910, 80, BF16, is_causal=True, processors=20),
+    Case(20, 1300, 40, mask="bool", processors=1),  # two shares
+    Case(20, 1030, 64, BF16, mask="float", dropout_p=0.3),
+    Case(20, 1100, 59, is_causal=True),
+    Case(10, 1400, 33, BF16, scale=-0.3),
+    Case(20, 2600, 64),  # more splits than a thread combines at once
+    Case(20, 600, 160),
+]
+
+
+@pytest.mark.parametrize("case", SPLIT, ids=str)
+def test_keys_that_blocks_share_out_give_the_same(kernels, case):
+    library = library_for(kernels, case)
+    assert check_forward(library, case).params.splits > 1
+
+
+def test_keys_are_shared_out_only_where_the_grid_leaves_processors_idle(kernels):
+    def splits(case: Case) -> int:
+        params = params_of(case, *[torch.empty(1, 1, 1, 1)] * 3, None)
+        kernels(64).plan(ctypes.byref(params), case.processors)
+        return params.splits
+
+    assert splits(Case(64, 1023, 64)) == 1  # too few keys
+    assert splits(Case(64, 65536, 64)) == 64
+    assert splits(Case(64, 65536, 64, processors=10)) == 20  # two blocks each
+    assert splits(Case(64, 65536, 64, heads=10, processors=10)) == 2
+    assert splits(Case(64, 65536, 64, heads=11, processors=10)) == 1
+    assert splits(Case(64, 0, 64)) == splits(Case(0, 4096, 64)) == 1
+
+
+def test_a_split_forward_repeats_bit_for_bit(kernels):
+    case = Case(20, 1100, 64)
+    first, again = (run_forward(kernels(64), case) for _ in range(2))
+    assert torch.equal(first.out, again.out) and torch.equal(first.lse, again.lse)
 
 
 BACKWARD = [

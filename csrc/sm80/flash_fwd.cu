@@ -1,54 +1,63 @@
-// Compiled once for each LDM_HEAD_DIM: chooses the tile, launches the forward.
+// Compiled once for each LDM_HEAD_DIM: chooses the tile and the splits, launches the forward.
 #include <launch.cuh>
 
 #include "../dispatch.h"
 #include "flash_fwd.cuh"
+#include "splits.cuh"
 
 namespace ldm {
 
-template <class C>
-int64_t count_blocks(const FlashParams& p) {
-  return static_cast<int64_t>(p.batch) * p.heads * ceil_div(p.q_len, C::kBlockQ);
-}
-
-template <typename T, class C, bool kGeneral>
-int launch_tiles(const FlashParams& p, cudaStream_t stream) {
-  return launch<flash_fwd_kernel<T, C, kGeneral>>(count_blocks<C>(p), C::kThreads, C::kSharedBytes,
-                                                  p, stream);
-}
-
-// Queries that an SM passes until the last block is done, its blocks in waves.
-template <typename T, class C>
-int64_t queries_an_sm(const FlashParams& p) {
-  const int resident = resident_blocks<flash_fwd_kernel<T, C, false>>(C::kThreads, C::kSharedBytes);
-  if (resident == 0) return INT32_MAX;
-  const int64_t wave = static_cast<int64_t>(resident) * device_limits().processors;
-  return ceil_div(count_blocks<C>(p), wave) * resident * C::kBlockQ;
+// Queries that an SM passes all keys of until the last block is done, its blocks in waves.
+template <class K>
+double queries_an_sm(const FlashParams& p) {
+  const Waves<K> waves;
+  if (waves.resident == 0) return INFINITY;
+  const int splits = count_splits<K>(p);
+  const int64_t passed = ceil_div(count_blocks<K>(p) * splits, waves.size()) * waves.resident;
+  return static_cast<double>(passed * K::Tiles::kBlockQ) / splits;
 }
 
 // A narrow tile reads K and V twice as often: 1.1 of the time in full waves.
-template <typename T, class Wide, class Narrow>
+template <class Wide, class Narrow>
 bool prefers_narrow(const FlashParams& p) {
-  return p.q_len <= Narrow::kBlockQ ||
-         11 * queries_an_sm<T, Narrow>(p) < 10 * queries_an_sm<T, Wide>(p);
+  return p.q_len <= Narrow::Tiles::kBlockQ ||
+         11 * queries_an_sm<Narrow>(p) < 10 * queries_an_sm<Wide>(p);
+}
+
+template <typename T, class C, bool kGeneral>
+struct FwdKernel {
+  using Tiles = C;
+  static constexpr auto kFunction = flash_fwd_kernel<T, C, kGeneral>;
+};
+
+// Calls f with the kernel that serves a call.
+template <int kHeadDim, typename F>
+auto with_kernel(const FlashParams& p, F&& f) {
+  return with_element(p.bfloat16, [&](auto element) {
+    using T = decltype(element);
+    using Wide = FwdKernel<T, FwdTiles<kHeadDim, Shape::kWide>, false>;
+    using Narrow = FwdKernel<T, FwdTiles<kHeadDim, Shape::kNarrow>, false>;
+    if (is_general(p)) return f(FwdKernel<T, typename Narrow::Tiles, true>());
+    if constexpr (kHasFewFwd<kHeadDim>) {
+      if (p.k_len <= kFewFwdKeys && p.q_len > Narrow::Tiles::kBlockQ) {
+        return f(FwdKernel<T, FwdTiles<kHeadDim, Shape::kFew>, false>());
+      }
+    }
+    return prefers_narrow<Wide, Narrow>(p) ? f(Narrow()) : f(Wide());
+  });
+}
+
+template <int kHeadDim>
+int64_t plan_flash_fwd(FlashParams& p) {
+  p.splits =
+      with_kernel<kHeadDim>(p, [&](auto kernel) { return count_splits<decltype(kernel)>(p); });
+  return partial_floats(p);
 }
 
 template <int kHeadDim>
 int launch_flash_fwd(const FlashParams& p, cudaStream_t stream) {
-  using Wide = FwdTiles<kHeadDim, Shape::kWide>;
-  using Narrow = FwdTiles<kHeadDim, Shape::kNarrow>;
-  return with_element(p.bfloat16, [&](auto element) {
-    using T = decltype(element);
-    if (is_general(p)) return launch_tiles<T, Narrow, true>(p, stream);
-    if constexpr (kHasFewFwd<kHeadDim>) {
-      using Few = FwdTiles<kHeadDim, Shape::kFew>;
-      if (p.k_len <= kFewFwdKeys && p.q_len > Narrow::kBlockQ) {
-        return launch_tiles<T, Few, false>(p, stream);
-      }
-    }
-    if (prefers_narrow<T, Wide, Narrow>(p)) return launch_tiles<T, Narrow, false>(p, stream);
-    return launch_tiles<T, Wide, false>(p, stream);
-  });
+  return with_kernel<kHeadDim>(
+      p, [&](auto kernel) { return launch_splits<decltype(kernel)>(p, stream); });
 }
 
 template <int kHeadDim>
@@ -57,6 +66,7 @@ int probe_flash_fwd() {
 }
 
 template int probe_flash_fwd<LDM_HEAD_DIM>();
+template int64_t plan_flash_fwd<LDM_HEAD_DIM>(FlashParams& p);
 template int launch_flash_fwd<LDM_HEAD_DIM>(const FlashParams& p, cudaStream_t stream);
 
 }  // namespace ldm

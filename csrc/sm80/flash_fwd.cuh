@@ -2,7 +2,8 @@
 // A block computes one tile of queries of one head. The keys pass in slices, and each unit works
 // under the products of another: the exponentials of a slice under q kᵀ of the next, the next one's
 // maxima under this one's p v. So the keys of a slice are needed one slice before its values, and a
-// stage of the pipeline holds values from a key on and keys from one slice later on.
+// stage of the pipeline holds values from a key on and keys from one slice later on. Where p.splits
+// blocks share out the keys, each leaves a float32 output and LSE in p.partial (flash_combine.cu).
 #pragma once
 #include "../dropout.cuh"
 #include "../mask.cuh"
@@ -12,13 +13,24 @@
 
 namespace ldm {
 
+// What a split has of the keys that a block of queries sees: a share of whole stages, or nothing.
+struct KeyRange {
+  int begin, end;
+};
+template <class C>
+LDM_DEVICE KeyRange share_of_keys(const FlashParams& p, int q_begin, int split, int splits) {
+  const int seen = key_limit(p, q_begin + C::kBlockQ - 1);
+  const int share = ceil_div(ceil_div(seen, C::kBlockK), splits) * C::kBlockK;
+  return {split * share, min(seen, (split + 1) * share)};
+}
+
 template <class C>
 struct KeyValueStages {
   using InputTile = Tile<C::kPadded>;
   const FlashParams& p;
   Rows k, v;  // of this head
   uint32_t base;
-  int key_end;
+  int key_begin, key_end;
 
   LDM_DEVICE InputTile first_keys() const { return {base}; }
   LDM_DEVICE InputTile values(int stage) const {
@@ -27,7 +39,7 @@ struct KeyValueStages {
   }
   LDM_DEVICE InputTile keys(int stage) const { return values(stage).rows_from(C::kBlockK); }
   LDM_DEVICE void start_first_keys() const {
-    load_tile<C::kSlice, C::kThreads>(first_keys(), k, 0, p.k_len, p.head_dim);
+    load_tile<C::kSlice, C::kThreads>(first_keys(), k, key_begin, p.k_len, p.head_dim);
   }
   // Every stage commits a group, an empty one past the end, so that waiting can count groups.
   LDM_DEVICE void start(int stage) const {
@@ -40,26 +52,62 @@ struct KeyValueStages {
   }
 };
 
-// Divides by the sums and by the share of weights that dropout keeps, leaves the rounded output in
-// the queries' tile, writes the LSE.
-template <typename T, class C>
-LDM_DEVICE void finish_rows(T type, float (&out)[C::kRowTiles][C::kHeadDim / 8][4],
-                            const SoftmaxRows<C::kRowTiles>& rows, Tile<C::kPadded> tile,
-                            float* lse, float kept, int row, int q_len) {
+// Divides by the rows' sums and by the share of weights that dropout keeps, writes the LSE.
+template <int kRowTiles, int kOutTiles>
+LDM_DEVICE void finish_rows(float (&out)[kRowTiles][kOutTiles][4],
+                            const SoftmaxRows<kRowTiles>& rows, float* lse, float kept, int row,
+                            int q_len) {
   const int lane = thread_index() % kWarp;
-  LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
+  LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
     float inverse[2];
     LDM_UNROLL for (int half = 0; half < 2; ++half) {
-      const float sum = quad_sum(rows.sum[r][half]);
+      const float sum = rows.sum[r][half];
       inverse[half] = sum == 0.0f ? 0.0f : 1.0f / (sum * kept);
       const int query = row + r * 16 + lane / 4 + half * 8;
       if (lane % 4 == 0 && query < q_len) {
         lse[query] = sum == 0.0f ? -INFINITY : rows.base[r][half] * kLn2 + natural_log(sum);
       }
     }
-    LDM_UNROLL for (int n = 0; n < C::kHeadDim / 8; ++n) {
+    LDM_UNROLL for (int n = 0; n < kOutTiles; ++n) {
       LDM_UNROLL for (int e = 0; e < 4; ++e) out[r][n][e] *= inverse[e / 2];
+    }
+  }
+}
+
+template <typename T, int kRowTiles, int kOutTiles, int kColumns>
+LDM_DEVICE void round_rows(T type, Tile<kColumns> tile,
+                           const float (&out)[kRowTiles][kOutTiles][4]) {
+  LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+    LDM_UNROLL for (int n = 0; n < kOutTiles; ++n) {
       store_accumulator(type, tile, r * 16, n * 8, out[r][n]);
+    }
+  }
+}
+
+// Where a split leaves its part of a head's output, and of its LSE.
+LDM_DEVICE float* partial_out(const FlashParams& p, int split, int head_index) {
+  const int64_t rows = split * partial_rows(p) + static_cast<int64_t>(head_index) * p.q_len;
+  return p.partial + rows * partial_width(p);
+}
+LDM_DEVICE float* partial_lse(const FlashParams& p, int split, int head_index) {
+  return partial_out(p, p.splits, 0) + split * partial_rows(p) +
+         static_cast<int64_t>(head_index) * p.q_len;
+}
+
+// Writes what of the rows exists; column(n) is the first of a block of columns.
+template <int kRowTiles, int kOutTiles, typename F>
+LDM_DEVICE void store_partial(const float (&out)[kRowTiles][kOutTiles][4], float* target, int row,
+                              int q_len, int width, F&& column) {
+  const int lane = thread_index() % kWarp;
+  LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+    LDM_UNROLL for (int half = 0; half < 2; ++half) {
+      const int query = row + r * 16 + lane / 4 + half * 8;
+      if (query >= q_len) continue;
+      LDM_UNROLL for (int n = 0; n < kOutTiles; ++n) {
+        if (column(n) >= width) continue;
+        const float pair[2] = {out[r][n][2 * half], out[r][n][2 * half + 1]};
+        store_pair(target + static_cast<int64_t>(query) * width + column(n) + lane % 4 * 2, pair);
+      }
     }
   }
 }
@@ -68,30 +116,37 @@ template <class C>
 using Scores = float[C::kRowTiles][C::kSlice / 8][4];
 
 template <typename T, class C, bool kGeneral>
-LDM_KERNEL(C::kThreads, 1)
+LDM_KERNEL(C::kThreads, kGeneral ? 1 : C::kResident)
 flash_fwd_kernel(LDM_PARAMS p) {
   constexpr int kWarpRows = C::kRowTiles * 16;
   const int q_tiles = ceil_div(p.q_len, C::kBlockQ);
-  const int64_t head_index = block_index() / q_tiles;
+  const int splits = C::kSplit ? p.splits : 1;
+  const int block = static_cast<int>(block_index()) / splits;
+  const int split = static_cast<int>(block_index()) % splits;
+  const int head_index = block / q_tiles;
   // the last queries of a causal head have the most keys: they start first
-  const int q_begin = (q_tiles - 1 - static_cast<int>(block_index() % q_tiles)) * C::kBlockQ;
-  const int batch = static_cast<int>(head_index / p.heads);
-  const int head = static_cast<int>(head_index % p.heads);
+  const int q_begin = (q_tiles - 1 - block % q_tiles) * C::kBlockQ;
+  const int batch = head_index / p.heads, head = head_index % p.heads;
   const int kv_head = head / (p.heads / p.kv_heads);
   const int warp_row = warp_index() * kWarpRows;
   const int row = q_begin + warp_row;
-  const int key_end = key_limit(p, row + kWarpRows - 1);  // of this warp
+  const KeyRange keys = share_of_keys<C>(p, q_begin, split, splits);
+  const int key_end = min(keys.end, key_limit(p, row + kWarpRows - 1));  // of this warp
 
   const Tile<C::kPadded> q_tile = {shared_base()};
-  const KeyValueStages<C> stages = {p, rows_of(p.k, batch, kv_head), rows_of(p.v, batch, kv_head),
+  const KeyValueStages<C> stages = {p,
+                                    rows_of(p.k, batch, kv_head),
+                                    rows_of(p.v, batch, kv_head),
                                     q_tile.rows_from(C::kBlockQ).base,
-                                    key_limit(p, q_begin + C::kBlockQ - 1)};
+                                    keys.begin,
+                                    keys.end};
   const auto start = [&](int stage) { stages.start(stage); };
   load_tile<C::kBlockQ, C::kThreads>(q_tile, rows_of(p.q, batch, head), q_begin, p.q_len,
                                      p.head_dim);
   stages.start_first_keys();
   copy_commit();
-  LDM_UNROLL for (int stage = 0; stage < C::kStages - 1; ++stage) start(stage);
+  LDM_UNROLL for (int stage = 0; stage < C::kStages - 1; ++stage)
+      start(keys.begin / C::kBlockK + stage);
   copy_wait<C::kStages - 1>();
   sync_block();
   RowOperand<C::kPadded, C::kRowTiles, C::kKept> query;
@@ -108,9 +163,9 @@ flash_fwd_kernel(LDM_PARAMS p) {
   softmax.clear();
   Scores<C> slices[2] = {};
   multiply_rows<C::kSteps>(T(), slices[0], query, stages.first_keys(), 0);
-  hide(slices[0], 0);
+  hide(slices[0], stages.key_begin);
   softmax.look(slices[0], 0, 1);
-  LDM_ROLLED for (int stage = 0; stage * C::kBlockK < stages.key_end; ++stage) {
+  LDM_ROLLED for (int stage = keys.begin / C::kBlockK; stage * C::kBlockK < keys.end; ++stage) {
     await_step<C::kStages>(stage, start);
     LDM_UNROLL for (int i = 0; i < C::kSlices; ++i) {
       const int key = stage * C::kBlockK + i * C::kSlice;
@@ -146,9 +201,16 @@ flash_fwd_kernel(LDM_PARAMS p) {
   }
   copy_wait<0>();
   sync_block();
-  float* lse = p.lse + (static_cast<int64_t>(batch) * p.heads + head) * p.q_len;
-  finish_rows<T, C>(T(), out, softmax, q_tile.rows_from(warp_row), lse, 1.0f - p.dropout_p, row,
-                    p.q_len);
+  softmax.reduce_sums();
+  if (splits > 1) {
+    finish_rows(out, softmax, partial_lse(p, split, head_index), 1.0f - p.dropout_p, row, p.q_len);
+    store_partial(out, partial_out(p, split, head_index), row, p.q_len, partial_width(p),
+                  [](int n) { return n * 8; });
+    return;
+  }
+  float* lse = p.lse + static_cast<int64_t>(head_index) * p.q_len;
+  finish_rows(out, softmax, lse, 1.0f - p.dropout_p, row, p.q_len);
+  round_rows(T(), q_tile.rows_from(warp_row), out);
   sync_block();
   store_tile<C::kBlockQ, C::kThreads>(rows_of(p.o, batch, head), q_tile, q_begin, p.q_len,
                                       p.head_dim);

@@ -248,7 +248,9 @@ int8_fwd_kernel(LDM_PARAMS_OF(Int8Params) p) {
   sync_block();
   const Tile<C::kPadded> o_tile = {q_tile.base};  // no operand is needed any more
   float* lse = p.flash.lse + head_index * f.q_len;
-  finish_rows<T, C>(T(), out, softmax, o_tile.rows_from(warp_row), lse, 1.0f, row, f.q_len);
+  softmax.reduce_sums();
+  finish_rows(out, softmax, lse, 1.0f, row, f.q_len);
+  round_rows(T(), o_tile.rows_from(warp_row), out);
   shift_lse<C>(lse, terms, warp_row, row, f.q_len);
   sync_block();
   store_tile<C::kBlockQ, C::kThreads>(rows_of(f.o, batch, head), o_tile, q_begin, f.q_len,

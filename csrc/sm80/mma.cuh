@@ -152,6 +152,18 @@ LDM_DEVICE void load_shared_quad(float (&x)[4], uint32_t address) {
                : "memory");
 }
 
+// ---- global memory, in whole vectors
+
+LDM_DEVICE void store_pair(float* target, const float (&x)[2]) {
+  *reinterpret_cast<float2*>(target) = make_float2(x[0], x[1]);
+}
+LDM_DEVICE void load_floats(float (&x)[8], const float* source) {
+  LDM_UNROLL for (int i = 0; i < 2; ++i) {
+    const float4 quad = reinterpret_cast<const float4*>(source)[i];
+    x[4 * i] = quad.x, x[4 * i + 1] = quad.y, x[4 * i + 2] = quad.z, x[4 * i + 3] = quad.w;
+  }
+}
+
 // ---- global → shared without registers; zeros where the source is not valid
 
 LDM_DEVICE void copy_async_16(uint32_t address, const void* source, bool valid) {

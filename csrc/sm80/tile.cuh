@@ -155,23 +155,27 @@ LDM_DEVICE void load_tile(Tile<kColumns> tile, Rows rows, int first, int n_rows,
   }
 }
 
+// The first `count` elements of a chunk of a row, at once where the row's alignment allows.
+LDM_DEVICE void store_chunk(Rows rows, int row, int chunk, int count, const Chunk& x) {
+  uint16_t* target = rows.data + row * rows.stride + chunk * kChunk;
+  if (rows.vector) {
+    if (count > 0) *reinterpret_cast<Chunk*>(target) = x;
+    return;
+  }
+  LDM_UNROLL for (int i = 0; i < kChunk; ++i) {
+    if (i < count) target[i] = static_cast<uint16_t>(x.words[i / 2] >> (i % 2 * 16));
+  }
+}
+
 // rows[first + i] = tile[i] for the rows and columns that exist.
 template <int kRows, int kThreads, int kColumns>
 LDM_DEVICE void store_tile(Rows rows, Tile<kColumns> tile, int first, int n_rows, int head_dim) {
   constexpr int kChunks = Tile<kColumns>::kChunks;
   LDM_ROLLED for (int copy = thread_index(); copy < kRows * kChunks; copy += kThreads) {
     const int row = copy / kChunks, chunk = copy % kChunks;
-    const int count = head_dim - chunk * kChunk;
-    if (first + row >= n_rows || count <= 0) continue;
-    const Chunk x = load_shared_chunk(tile.address(row, chunk));
-    uint16_t* target = rows.data + (first + row) * rows.stride + chunk * kChunk;
-    if (rows.vector) {
-      *reinterpret_cast<Chunk*>(target) = x;
-      continue;
-    }
-    LDM_UNROLL for (int i = 0; i < kChunk; ++i) {
-      if (i < count) target[i] = static_cast<uint16_t>(x.words[i / 2] >> (i % 2 * 16));
-    }
+    if (first + row >= n_rows) continue;
+    store_chunk(rows, first + row, chunk, head_dim - chunk * kChunk,
+                load_shared_chunk(tile.address(row, chunk)));
   }
 }
 

@@ -44,6 +44,22 @@ constexpr FwdRow kFwdFew[] = {
     {40, 4, 2, 16, 4, 2, true},
 };
 
+// Splits: where the GPU has no fewer multiprocessors than the grid blocks, the keys of one block
+// are shared out to as many as one wave holds. That takes a second launch, which is worth about the
+// time of a share of this many keys: 256 at d = 64. So a block has four shares of keys, or all.
+constexpr int share_keys(const FlashParams& p) { return 32768 / (p.head_dim + 64); }
+constexpr int kSplitFrom = 4;  // shares
+constexpr int kMaxSplits = 64;
+constexpr int kCombineThreads = 128;
+constexpr int kCombineAhead = 8;  // splits whose parts a thread has under way
+constexpr int partial_width(const FlashParams& p) { return ceil_div(p.head_dim, 8) * 8; }
+constexpr int64_t partial_rows(const FlashParams& p) {
+  return static_cast<int64_t>(p.batch) * p.heads * p.q_len;
+}
+constexpr int64_t partial_floats(const FlashParams& p) {
+  return p.splits > 1 ? p.splits * partial_rows(p) * (partial_width(p) + 1) : 0;
+}
+
 // One side of the backward: rows held by a block of 4 warps, against rows met.
 struct SideRow {
   int row_tiles;  // of 16 rows, a warp
@@ -145,6 +161,9 @@ struct FwdTiles {
   static constexpr int kBlockK = kSlice * kSlices;  // a stage
   static constexpr int kStages = kRow.stages;
   static constexpr bool kKept = kRow.kept;
+  static constexpr bool kSplit = kShape != Shape::kFew;
+  // four blocks an SM of sm_90, which the compiler misses by 8 registers a thread
+  static constexpr int kResident = kShape == Shape::kNarrow && kDim == 64 ? 4 : 1;
   static constexpr int kSharedBytes = (kBlockQ + kSlice + 2 * kStages * kBlockK) * kPadded * 2;
   static_assert(kRow.head_dim == kDim &&
                     kSharedBytes <= (kShape == Shape::kWide ? kShared163 : kShared99),

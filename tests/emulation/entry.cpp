@@ -15,6 +15,12 @@ int64_t dq_floats(const ldm::FlashParams* p, int processors) {
   return ldm::dq_floats<LDM_HEAD_DIM>(*p);
 }
 
+// Sets p.splits; floats of workspace for p.partial.
+int64_t plan(ldm::FlashParams* p, int processors) {
+  ldm::device_limits().processors = processors;
+  return ldm::plan_flash_fwd<LDM_HEAD_DIM>(*p);
+}
+
 // Returns the launcher's code; *conflicts: bank conflicts of ldmatrix; *error: what went wrong.
 int run(int backward, const ldm::FlashParams* p, int processors, int64_t* conflicts,
         const char** error) {

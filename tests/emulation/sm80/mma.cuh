@@ -206,6 +206,11 @@ inline void load_shared_pair(float& x, float& y, uint32_t address) {
 }
 inline void load_shared_quad(float (&x)[4], uint32_t address) { machine().read(address, x, 16); }
 
+// ---- global memory
+
+inline void store_pair(float* target, const float (&x)[2]) { std::memcpy(target, x, sizeof(x)); }
+inline void load_floats(float (&x)[8], const float* source) { std::memcpy(x, source, sizeof(x)); }
+
 // ---- global → shared
 
 inline void copy_async_16(uint32_t address, const void* source, bool valid) {
