@@ -15,6 +15,7 @@
 namespace ldm {
 
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxFwdHeadDim = 512;  // without a gradient
 
 // Calls f with the smallest compiled head dim that holds `head_dim`.
 #define LDM_CASE(kDim) \
@@ -23,6 +24,12 @@ template <typename F>
 auto with_head_dim(int head_dim, F&& f) {
   LDM_HEAD_DIMS(LDM_CASE)
   return f(std::integral_constant<int, kMaxHeadDim>());
+}
+// The forward's.
+template <typename F>
+auto with_fwd_head_dim(int head_dim, F&& f) {
+  if (head_dim > kMaxHeadDim) return f(std::integral_constant<int, kMaxFwdHeadDim>());
+  return with_head_dim(head_dim, f);
 }
 template <typename F>
 auto with_int8_head_dim(int head_dim, F&& f) {

@@ -55,7 +55,8 @@ void set_mask(FlashParams& p, const std::optional<Tensor>& attn_mask, const Tens
 }
 
 FlashParams make_params(const Tensor& query, const Tensor& key, const Tensor& value,
-                        const std::optional<Tensor>& attn_mask, bool is_causal, double scale) {
+                        const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
+                        int64_t max_head_dim = kMaxHeadDim) {
   const ScalarType dtype = query.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "query must be float16 or bfloat16");
@@ -63,8 +64,8 @@ FlashParams make_params(const Tensor& query, const Tensor& key, const Tensor& va
   check_operand("key", key, query);
   check_operand("value", value, query);
   const int64_t head_dim = query.size(3), heads = query.size(1), kv_heads = key.size(1);
-  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= kMaxHeadDim, "query must have a head dim of 1 to ",
-                  kMaxHeadDim, ", got ", head_dim);
+  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= max_head_dim, "query must have a head dim of 1 to ",
+                  max_head_dim, ", got ", head_dim);
   STD_TORCH_CHECK(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
                   "query must have a multiple of key's ", kv_heads, " heads, got ", heads);
   check_shape("key", key, query.size(0), kv_heads, key.size(2), head_dim);
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor> flash_forward(const Tensor& query, const Tensor& key,
                                          const std::optional<Tensor>& attn_mask, bool is_causal,
                                          double scale, const std::optional<Tensor>& seed,
                                          double dropout_p) {
-  FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale);
+  FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale, kMaxFwdHeadDim);
   set_dropout(p, seed, dropout_p, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Tensor out = torch::stable::empty_like(query);  // in the query's order of dimensions
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor> flash_forward(const Tensor& query, const Tensor& key,
   p.lse = floats(lse);
   const cudaStream_t stream = current_stream(query);
   std::optional<Tensor> partial;
-  check_launch("flash_forward", with_head_dim(p.head_dim, [&](auto dim) {
+  check_launch("flash_forward", with_fwd_head_dim(p.head_dim, [&](auto dim) {
                  if (const int64_t size = plan_flash_fwd<dim.value>(p)) {
                    partial = torch::stable::new_empty(query, {size}, ScalarType::Float);
                    p.partial = floats(*partial);

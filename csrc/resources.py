@@ -19,6 +19,7 @@ from pathlib import Path
 CSRC = Path(__file__).parent
 DISPATCH = (CSRC / "dispatch.h").read_text()
 HEAD_DIMS = sorted({int(dim) for dim in re.findall(r"X\((\d+)\)", DISPATCH)})
+LARGE_HEAD_DIM = int(re.findall(r"kMaxFwdHeadDim = (\d+)", DISPATCH)[0])
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 SHAPES = {"(Shape)0": "wide", "(Shape)1": "narrow", "(Shape)2": "few keys", "(Shape)3": "general"}
 SHAPES["(Shape)4"] = "joint"
@@ -80,6 +81,7 @@ def tile_sizes() -> dict[str, tuple[int, int]]:
             TILES
             + 'int main() { std::printf("Rows %d %d\\n", kQuantThreads, kQuantBytes); '
             + 'std::printf("Splits %d 0\\n", kCombineThreads); '
+            + f'show<LargeTiles<{LARGE_HEAD_DIM}>>("LargeTiles", ""); '
             + " ".join(f"show_all<{dim}>();" for dim in HEAD_DIMS)
             + " }"
         )
@@ -120,7 +122,7 @@ def kernels(library: Path) -> list[Kernel]:
                 threads, shared = 128, 64 * 2 * -(-int(re.findall(r"\d+", tiles)[0]) // 16) * 16
             found.append(
                 Kernel(
-                    name, tiles, element, general == "true", arch,
+                    name, tiles, element, general == "true" or "large" in name, arch,
                     int(match[1]), int(match[2]), threads, 0 if resident else shared,
                 )
             )  # fmt: skip

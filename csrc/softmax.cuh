@@ -52,7 +52,12 @@ struct SoftmaxRows {
       top[r][e / 2] = fmaxf(top[r][e / 2], s[r][n][e]);
     });
   }
-  // Of this lane's part, the whole row's.
+  // Of this lane's columns, the whole quad's.
+  LDM_DEVICE void reduce_tops() {
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+      LDM_UNROLL for (int half = 0; half < 2; ++half) top[r][half] = quad_max(top[r][half]);
+    }
+  }
   LDM_DEVICE void reduce_sums() {
     LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
       LDM_UNROLL for (int half = 0; half < 2; ++half) sum[r][half] = quad_sum(sum[r][half]);

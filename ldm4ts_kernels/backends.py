@@ -58,6 +58,8 @@ def _declines_native(call: Call) -> str | None:
         return _declines_unmeasured(call)
     if call.mask or call.dropout:
         return "is not yet measured with a mask or dropout"
+    if call.head_dim > native.MAX_GRAD_HEAD_DIM:
+        return f"is not yet measured at head dims past {native.MAX_GRAD_HEAD_DIM}"
     if call.head_dim <= 16 and max(call.key_length, call.query_length) <= 784:
         return None
     if call.needs_grad:
@@ -91,6 +93,12 @@ def _declines_int8(call: Call) -> str | None:
 
 def _native_device(call: Call) -> str | None:
     return native.device_error(call.device.index or 0)
+
+
+def _native_gradient(call: Call) -> str | None:
+    if not call.needs_grad or call.head_dim <= native.MAX_GRAD_HEAD_DIM:
+        return None
+    return f"has no backward pass past head dim {native.MAX_GRAD_HEAD_DIM}, got {call.head_dim}"
 
 
 def _default_stream(call: Call) -> str | None:
@@ -203,7 +211,7 @@ NATIVE = Backend(
         masks=frozenset({"boolean", "additive"}),
         unequal_head_dims=False,
         any_stride=False,
-        extra=(_no_keys, _no_queries, _native_device),
+        extra=(_no_keys, _no_queries, _native_gradient, _native_device),
     ),
     _native,
     declines=_declines_native,
@@ -263,7 +271,7 @@ NATIVE_INT8 = Backend(
         device="cuda",
         capability=(8, 0),
         dtypes=HALF,
-        max_head_dim=native.MAX_HEAD_DIM,
+        max_head_dim=native_int8.MAX_HEAD_DIM,
         masks=frozenset(),
         dropout=False,
         unequal_head_dims=False,

@@ -19,7 +19,8 @@ from ldm4ts_kernels.kernels.autograd import (
 from ldm4ts_kernels.requirements import constant
 
 LIBRARY = Path(__file__).with_name("_C.so")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+MAX_GRAD_HEAD_DIM = 256
 
 
 @constant
@@ -90,6 +91,11 @@ def _register_autograd() -> None:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, attn_mask, ctx.is_causal, ctx.scale, seed, ctx.dropout_p = inputs
+    if query.shape[-1] > MAX_GRAD_HEAD_DIM:
+        raise RuntimeError(
+            f"query must have a head dim up to {MAX_GRAD_HEAD_DIM} for a gradient, "
+            f"got {query.shape[-1]}"
+        )
     ctx.save_for_backward(query, key, value, attn_mask, *output, seed)
     ctx.set_materialize_grads(False)
 
@@ -144,12 +150,12 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # (B, H, Q, D), (B, H, Q)
     """Compute softmax(scale * query @ keyᵀ + mask) @ value, without the scores in memory.
 
-    float16 and bfloat16 on a CUDA device from sm_80 on, D ≤ 256, H a multiple of G; products
-    accumulate in float32. `is_causal` is aligned top left, as SDPA aligns it. Strides are free but
-    the last, which must be 1. `scale` is D ** -0.5 when None. The mask is bool, float32 or of the
-    query's dtype, and gets no gradient. The natural-log LSE comes as float32 and carries a
-    gradient. A row that sees no key gives 0 and LSE -inf. `seed` fixes which weights dropout drops,
-    the same as in `kernels.flash`, and is drawn when None.
+    float16 and bfloat16 on a CUDA device from sm_80 on, D ≤ 512 (with a gradient 256), H a multiple
+    of G; products accumulate in float32. `is_causal` is aligned top left, as SDPA aligns it.
+    Strides are free but the last, which must be 1. `scale` is D ** -0.5 when None. The mask is
+    bool, float32 or of the query's dtype, and gets no gradient. The natural-log LSE comes as
+    float32 and carries a gradient. A row that sees no key gives 0 and LSE -inf. `seed` fixes which
+    weights dropout drops, the same as in `kernels.flash`, and is drawn when None.
 
     The output is the same in every run; so are the gradients under
     `torch.use_deterministic_algorithms`, and else but for the order of float32 sums in that of a

@@ -15,6 +15,7 @@ from ldm4ts_kernels import native
 from ldm4ts_kernels.requirements import constant
 
 QUANT_ROWS = 64  # kQuantRows in csrc/sm80/int8_tiles.h
+MAX_HEAD_DIM = 256
 
 
 @constant

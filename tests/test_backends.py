@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,11 @@ def arguments(**changes) -> Arguments:
         (Requires(unequal_causal=False), {"is_causal": True}, "no top-left causal mask"),
         (Requires(extra=(backends._no_keys,)), {"key_length": 0}, "needs at least one key"),
         (Requires(extra=(backends._no_queries,)), {"batch": 0}, "needs at least one query"),
+        (
+            Requires(extra=(backends._native_gradient,)),
+            {"head_dim": 320, "needs_grad": True},
+            "has no backward pass past head dim 256, got 320",
+        ),
         (Requires(extra=(backends._default_stream,)), {"default_stream": False}, "default stream"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -54,6 +60,32 @@ def test_each_requirement_refuses_with_a_sentence_and_only_then(requires, change
     assert reason in found
     if change:
         assert requires.unmet(CALL) == []
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "needs_grad", "refused"),
+    [
+        (256, True, []),
+        (512, False, []),
+        (264, True, ["has no backward pass past head dim 256, got 264"]),
+        (513, False, ["takes head dims up to 512, got 513"]),
+    ],
+)
+def test_native_serves_large_head_dims_without_a_gradient(
+    monkeypatch, head_dim, needs_grad, refused
+):
+    monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(requirements, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends.native, "device_error", lambda index: None)
+    requires = replace(backends.NATIVE.requires, loads=None)
+    call = CALL._replace(
+        device=torch.device("cuda", 0),
+        dtype=torch.float16,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        needs_grad=needs_grad,
+    )
+    assert requires.unmet(call) == refused
 
 
 def test_every_chain_ends_in_sdpa_which_serves_every_plain_call():
@@ -272,6 +304,7 @@ LONG = {"key_length": 4096, "query_length": 4096, "head_dim": 64}
         ("native", {"key_length": 784, "query_length": 784, "head_dim": 16}, False),
         ("native", {"query_length": 4096}, True),
         ("native", {"mask": "boolean"}, True),
+        ("native", {"head_dim": 512}, True),
         ("triton", {}, True),
         ("triton", LONG, True),
         ("triton", {**LONG, "needs_grad": True, "head_dim": 160}, False),

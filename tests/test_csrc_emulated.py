@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm4ts_kernels.reference import attention
 
 ROOT = Path(__file__).parents[1]
-HEAD_DIMS = (16, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+HEAD_DIMS = (16, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512)
 MASK_KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
 FEW, MANY = 1, 10_000  # processors: a grid fills one at once, and never fills the others
 
@@ -146,7 +146,9 @@ def guards_of(tensor: Tensor) -> Tensor:
 
 def compile_kernels(root: Path, head_dim: int, target: Path) -> ctypes.CDLL:
     """Compile the kernels of one head dim for the CPU, from the sources under `root`."""
-    sources = [*(root / "csrc/sm80").glob("flash_*.cu"), root / "tests/emulation/entry.cpp"]
+    names = ("fwd_large", "combine") if head_dim > 256 else ("fwd", "bwd", "combine")
+    sources = [root / f"csrc/sm80/flash_{name}.cu" for name in names]
+    sources += [root / "tests/emulation/entry.cpp"]
     command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-x", "c++"]
     command += [f"-DLDM_HEAD_DIM={head_dim}", f"-I{root}/tests/emulation", f"-I{root}/csrc"]
     subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
@@ -322,6 +324,14 @@ FORWARD = [
     Case(130, 100, 160, BF16, processors=FEW),
     Case(70, 100, 256),
     Case(130, 70, 250, processors=FEW),
+    Case(70, 100, 512, heads=2, kv_heads=1),
+    Case(64, 64, 512, BF16, is_causal=True),
+    Case(80, 50, 320, BF16, layout="BNHD", batch=2, heads=2),
+    Case(90, 150, 512, BF16, is_causal=True, processors=FEW),
+    Case(40, 90, 480, mask="bool", dropout_p=0.3),
+    Case(30, 80, 259, BF16, mask="float", is_causal=True),
+    Case(20, 30, 512, scale=-0.3),
+    Case(5, 0, 512),
 ]
 
 
@@ -343,6 +353,8 @@ SPLIT = [
     Case(10, 1400, 33, BF16, scale=-0.3),
     Case(20, 2600, 64),  # more splits than a thread combines at once
     Case(20, 600, 160),
+    Case(70, 300, 512, BF16, heads=2),
+    Case(65, 400, 300, is_causal=True, layout="BNHD", heads=2),
 ]
 
 

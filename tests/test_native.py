@@ -167,6 +167,18 @@ def test_a_mask_that_wants_a_gradient_is_refused():
 
 
 @pytest.mark.usefixtures("cpu_kernels")
+def test_a_large_head_dim_is_refused_with_a_gradient_and_then_only():
+    query = torch.randn(1, 1, 3, 320, requires_grad=True)
+    refusal = "query must have a head dim up to 256 for a gradient, got 320"
+    for forward in (native.flash_attention, native.torch.ops.ldm4ts_kernels.flash_forward):
+        with pytest.raises(RuntimeError, match=refusal):
+            forward(query, query, query, None, False, 1.0)
+    with torch.no_grad():
+        out = native.flash_attention(query, query, query)
+        torch.testing.assert_close(out, reference.attention(query, query, query)[0])
+
+
+@pytest.mark.usefixtures("cpu_kernels")
 def test_training_compiles_without_a_graph_break():
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return native.flash_attention(query, key, value, is_causal=True).square().sum()

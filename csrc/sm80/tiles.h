@@ -44,6 +44,25 @@ constexpr FwdRow kFwdFew[] = {
     {40, 4, 2, 16, 4, 2, true},
 };
 
+// The large head dim: a block's warps in groups of rows by groups of columns.
+template <int kDim>
+struct LargeTiles {
+  static constexpr int kHeadDim = kDim;
+  static constexpr int kRowTiles = 2;  // of 16 queries, a warp
+  static constexpr int kRowGroups = 2, kColumnGroups = 4;
+  static constexpr int kThreads = kRowGroups * kColumnGroups * kWarp;
+  static constexpr int kBlockQ = kRowGroups * kRowTiles * 16;
+  static constexpr int kColumns = kColumnGroups * 16;  // a step of the pipeline
+  static constexpr int kParts = kHeadDim / kColumns;
+  static constexpr int kBlockK = kColumnGroups * 16;
+  static constexpr int kStages = 3;
+  static constexpr int kStepBytes = kBlockK * kColumns * 2;
+  static constexpr int kTableBytes = kBlockQ * kColumnGroups * 4;
+  static constexpr int kSharedBytes =
+      (kParts + kStages) * kStepBytes + kBlockQ * kBlockK * 2 + kTableBytes;
+  static_assert(kBlockQ == kBlockK && kSharedBytes <= kShared99, "queries lie in steps' tiles");
+};
+
 // Splits: where the GPU has no fewer multiprocessors than the grid blocks, the keys of one block
 // are shared out to as many as one wave holds. That takes a second launch, which is worth about the
 // time of a share of this many keys: 256 at d = 64. So a block has four shares of keys, or all.
