@@ -21,8 +21,7 @@ DISPATCH = (CSRC / "dispatch.h").read_text()
 HEAD_DIMS = sorted({int(dim) for dim in re.findall(r"X\((\d+)\)", DISPATCH)})
 LARGE_HEAD_DIM = int(re.findall(r"kMaxFwdHeadDim = (\d+)", DISPATCH)[0])
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
-SHAPES = {"(Shape)0": "wide", "(Shape)1": "narrow", "(Shape)2": "few keys", "(Shape)3": "general"}
-SHAPES["(Shape)4"] = "joint"
+SHAPES = dict(enumerate(("wide", "narrow", "few keys", "general", "joint", "one warp")))
 SHARED_AN_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB, 1 of them the system's for each block
 SHARED_A_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB
 WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64}
@@ -35,8 +34,11 @@ template <class T> void show(const char* name, const char* rest) {
   std::printf("%s<%d%s> %d %d\\n", name, T::kHeadDim, rest, T::kThreads, T::kSharedBytes);
 }
 template <int kDim> void show_all() {
-  show<FwdTiles<kDim, Shape::kWide>>("FwdTiles", ", (Shape)0");
+  if constexpr (kHasWideFwd<kDim>) show<FwdTiles<kDim, Shape::kWide>>("FwdTiles", ", (Shape)0");
   show<FwdTiles<kDim, Shape::kNarrow>>("FwdTiles", ", (Shape)1");
+  if constexpr (kHasOneWarpFwd<kDim>) {
+    show<FwdTiles<kDim, Shape::kOneWarp>>("FwdTiles", ", (Shape)5");
+  }
   if constexpr (kHasFewFwd<kDim>) show<FwdTiles<kDim, Shape::kFew>>("FwdTiles", ", (Shape)2");
   if constexpr (kHasWideBwd<kDim>) show<BwdTiles<kDim, Shape::kWide>>("BwdTiles", ", (Shape)0");
   show<BwdTiles<kDim, Shape::kNarrow>>("BwdTiles", ", (Shape)1");
@@ -132,7 +134,7 @@ def kernels(library: Path) -> list[Kernel]:
 def named(tiles: str) -> str:
     """Return a tile's type with the name of its shape."""
     for number, name in SHAPES.items():
-        tiles = tiles.replace(number, name)
+        tiles = tiles.replace(f"(Shape){number}", name)
     return tiles
 
 

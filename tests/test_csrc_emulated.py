@@ -317,6 +317,11 @@ FORWARD = [
     Case(30, 70, 64, BF16, mask="bool", is_causal=True, dropout_p=0.6),
     Case(1, 1, 64),
     Case(5, 0, 64),
+    Case(16, 16, 64, BF16, batch=3, heads=2, kv_heads=1, layout="BNHD"),  # one warp a block
+    Case(25, 25, 40, is_causal=True, heads=2),
+    Case(14, 77, 59, BF16),
+    Case(32, 128, 16, heads=2),
+    Case(17, 20, 160, BF16, is_causal=True),
     Case(50, 60, 36),  # a head dim of whole 8 bytes
     Case(50, 60, 59, BF16, layout="BNHD"),  # of single elements
     Case(3, 17, 33),

@@ -35,15 +35,23 @@ template <int kHeadDim, typename F>
 auto with_kernel(const FlashParams& p, F&& f) {
   return with_element(p.bfloat16, [&](auto element) {
     using T = decltype(element);
-    using Wide = FwdKernel<T, FwdTiles<kHeadDim, Shape::kWide>, false>;
     using Narrow = FwdKernel<T, FwdTiles<kHeadDim, Shape::kNarrow>, false>;
     if (is_general(p)) return f(FwdKernel<T, typename Narrow::Tiles, true>());
+    if constexpr (kHasOneWarpFwd<kHeadDim>) {
+      if (p.q_len <= kOneWarpQueries && p.k_len <= kFewFwdKeys) {
+        return f(FwdKernel<T, FwdTiles<kHeadDim, Shape::kOneWarp>, false>());
+      }
+    }
     if constexpr (kHasFewFwd<kHeadDim>) {
       if (p.k_len <= kFewFwdKeys && p.q_len > Narrow::Tiles::kBlockQ) {
         return f(FwdKernel<T, FwdTiles<kHeadDim, Shape::kFew>, false>());
       }
     }
-    return prefers_narrow<Wide, Narrow>(p) ? f(Narrow()) : f(Wide());
+    if constexpr (kHasWideFwd<kHeadDim>) {
+      using Wide = FwdKernel<T, FwdTiles<kHeadDim, Shape::kWide>, false>;
+      if (!prefers_narrow<Wide, Narrow>(p)) return f(Wide());
+    }
+    return f(Narrow());
   });
 }
 

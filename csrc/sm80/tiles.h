@@ -30,7 +30,7 @@ constexpr FwdRow kFwdWide[] = {
     {16, 4, 2, 64, 2, 2, true},   {32, 4, 2, 64, 2, 2, true},   {40, 4, 2, 48, 2, 2, true},
     {48, 4, 2, 48, 2, 2, true},   {64, 4, 2, 32, 2, 2, true},   {80, 4, 2, 32, 2, 2, false},
     {96, 4, 2, 32, 2, 2, false},  {112, 4, 2, 16, 2, 2, false}, {128, 4, 2, 32, 2, 2, false},
-    {160, 4, 2, 16, 2, 2, false}, {192, 4, 1, 16, 2, 2, true},  {256, 4, 1, 16, 1, 2, false},
+    {160, 4, 2, 16, 2, 2, false}, {192, 4, 1, 16, 2, 2, true},
 };
 // Where 64 queries a block share out better: few queries, a small grid, a last wave almost empty.
 constexpr FwdRow kFwdNarrow[] = {
@@ -42,6 +42,14 @@ constexpr FwdRow kFwdNarrow[] = {
 // Few keys: slices that 77 fill.
 constexpr FwdRow kFwdFew[] = {
     {40, 4, 2, 16, 4, 2, true},
+};
+
+// Up to 32 queries and few keys, such as the frames of a video: a block is one warp, so that no
+// warp is without queries and an SM holds as many heads as its registers do. Not yet measured.
+constexpr FwdRow kFwdOneWarp[] = {
+    {16, 1, 1, 16, 1, 2, true},  {32, 1, 1, 16, 1, 2, true}, {40, 1, 1, 16, 1, 2, true},
+    {64, 1, 1, 16, 1, 2, true},  {80, 1, 1, 16, 1, 2, true}, {128, 1, 1, 16, 1, 2, true},
+    {160, 1, 1, 16, 1, 2, true},
 };
 
 // The large head dim: a block's warps in groups of rows by groups of columns.
@@ -162,13 +170,14 @@ constexpr Row row_for(const Row (&table)[kRows], int head_dim) {
 }
 
 // kGeneral: narrow, for masks and dropout, which take registers of their own.
-enum class Shape { kWide, kNarrow, kFew, kGeneral, kJoint };
+enum class Shape { kWide, kNarrow, kFew, kGeneral, kJoint, kOneWarp };
 
 template <int kDim, Shape kShape>
 struct FwdTiles {
-  static constexpr FwdRow kRow = kShape == Shape::kWide     ? row_for(kFwdWide, kDim)
-                                 : kShape == Shape::kNarrow ? row_for(kFwdNarrow, kDim)
-                                                            : row_for(kFwdFew, kDim);
+  static constexpr FwdRow kRow = kShape == Shape::kWide      ? row_for(kFwdWide, kDim)
+                                 : kShape == Shape::kNarrow  ? row_for(kFwdNarrow, kDim)
+                                 : kShape == Shape::kOneWarp ? row_for(kFwdOneWarp, kDim)
+                                                             : row_for(kFwdFew, kDim);
   static constexpr int kHeadDim = kDim;
   static constexpr int kPadded = ceil_div(kDim, 16) * 16;  // columns in memory and of Q·Kᵀ
   static constexpr int kSteps = kPadded / 16;
@@ -180,7 +189,7 @@ struct FwdTiles {
   static constexpr int kBlockK = kSlice * kSlices;  // a stage
   static constexpr int kStages = kRow.stages;
   static constexpr bool kKept = kRow.kept;
-  static constexpr bool kSplit = kShape != Shape::kFew;
+  static constexpr bool kSplit = kShape != Shape::kFew && kShape != Shape::kOneWarp;
   // four blocks an SM of sm_90, which the compiler misses by 8 registers a thread
   static constexpr int kResident = kShape == Shape::kNarrow && kDim == 64 ? 4 : 1;
   static constexpr int kSharedBytes = (kBlockQ + kSlice + 2 * kStages * kBlockK) * kPadded * 2;
@@ -192,6 +201,12 @@ struct FwdTiles {
 constexpr int kFewFwdKeys = 128;
 template <int kDim>
 constexpr bool kHasFewFwd = row_for(kFwdFew, kDim).head_dim == kDim;
+constexpr int kOneWarpQueries = 32;
+template <int kDim>
+constexpr bool kHasOneWarpFwd = row_for(kFwdOneWarp, kDim).head_dim == kDim;
+// Whether a head dim has wide tiles of its own.
+template <int kDim>
+constexpr bool kHasWideFwd = row_for(kFwdWide, kDim).head_dim == kDim;
 
 template <int kDim, Shape kShape>
 struct BwdTiles {

@@ -13,8 +13,10 @@ int params_bytes() { return sizeof(ldm::FlashParams); }
 int64_t statistics_floats(const ldm::FlashParams* p) { return ldm::statistics_floats(*p); }
 int64_t dq_floats(const ldm::FlashParams* p, int processors) {
   ldm::device_limits().processors = processors;
-  if constexpr (LDM_HEAD_DIM > ldm::kMaxHeadDim) return 0;
-  else return ldm::dq_floats<LDM_HEAD_DIM>(*p);
+  if constexpr (LDM_HEAD_DIM > ldm::kMaxHeadDim)
+    return 0;
+  else
+    return ldm::dq_floats<LDM_HEAD_DIM>(*p);
 }
 
 // Sets p.splits; floats of workspace for p.partial.
