@@ -88,13 +88,14 @@ flash_fwd_large_kernel(LDM_PARAMS p) {
                                  table + C::kTableBytes,
                                  keys.begin,
                                  keys.end};
-  const auto start = [&](int step) { stages.start(step); };
+  // the next copies start under the products of a step, not before them
+  const auto await = [&](int step) { await_step<C::kStages>(step, [](int) {}); };
   const Rows q = rows_of(p.q, batch, head), o = rows_of(p.o, batch, head);
-  LDM_UNROLL for (int part = 0; part < C::kParts; ++part) {
+  LDM_ROLLED for (int part = 0; part < C::kParts; ++part) {
     load_tile<C::kBlockQ, C::kThreads>(q_tile(part), columns_from(q, part * C::kColumns), q_begin,
                                        p.q_len, p.head_dim - part * C::kColumns);
   }
-  LDM_UNROLL for (int step = 0; step < C::kStages - 1; ++step) start(step);
+  LDM_UNROLL for (int step = 0; step < C::kStages - 1; ++step) stages.start(step);
 
   float out[C::kRowTiles][2 * C::kParts][4] = {};
   SoftmaxRows<C::kRowTiles> softmax;
@@ -104,10 +105,11 @@ flash_fwd_large_kernel(LDM_PARAMS p) {
     const int key = begin + group * 16;  // of this warp
     float scores[C::kRowTiles][2][4] = {};
     LDM_ROLLED for (int part = 0; part < C::kParts; ++part, ++step) {
-      await_step<C::kStages>(step, start);
+      await(step);
       RowOperand<C::kColumns, C::kRowTiles, false> query;
       query.load(q_tile(part).rows_from(warp_row));
       multiply_rows<C::kColumns / 16>(T(), scores, query, stages.tile(step), group * 16);
+      stages.start(step + C::kStages - 1);
     }
     scale_and_mask<T, false>(scores, p, batch, head, row, key);
     if (!LDM_LIKELY(key + 16 <= key_limit(p, row))) hide_unseen_keys<false>(scores, p, row, key);
@@ -128,7 +130,7 @@ flash_fwd_large_kernel(LDM_PARAMS p) {
     }
     RowOperand<C::kBlockK, C::kRowTiles, true> weights;
     LDM_UNROLL for (int part = 0; part < C::kParts; ++part, ++step) {
-      await_step<C::kStages>(step, start);
+      await(step);
       if (part == 0) weights.load(weights_tile.rows_from(warp_row));
       LDM_UNROLL for (int k = 0; k < C::kBlockK / 16; ++k) {
         uint32_t b[4];
@@ -140,6 +142,7 @@ flash_fwd_large_kernel(LDM_PARAMS p) {
           mma(T(), out[r][2 * part + 1], a, b[2], b[3]);
         }
       }
+      stages.start(step + C::kStages - 1);
     }
   }
   copy_wait<0>();
@@ -160,7 +163,7 @@ flash_fwd_large_kernel(LDM_PARAMS p) {
     }
   }
   sync_block();
-  LDM_UNROLL for (int part = 0; part < C::kParts; ++part) {
+  LDM_ROLLED for (int part = 0; part < C::kParts; ++part) {
     store_tile<C::kBlockQ, C::kThreads>(columns_from(o, part * C::kColumns), q_tile(part), q_begin,
                                         p.q_len, p.head_dim - part * C::kColumns);
   }

@@ -68,7 +68,8 @@ struct LargeTiles {
   static constexpr int kTableBytes = kBlockQ * kColumnGroups * 4;
   static constexpr int kSharedBytes =
       (kParts + kStages) * kStepBytes + kBlockQ * kBlockK * 2 + kTableBytes;
-  static_assert(kBlockQ == kBlockK && kSharedBytes <= kShared99, "queries lie in steps' tiles");
+  static_assert(kBlockQ == kBlockK && kStages > 1 && kSharedBytes <= kShared99,
+                "queries lie in steps' tiles");
 };
 
 // Splits: where the GPU has no fewer multiprocessors than the grid blocks, the keys of one block
