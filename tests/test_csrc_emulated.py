@@ -327,6 +327,7 @@ FORWARD = [
     Case(3, 17, 33),
     Case(70, 100, 160),
     Case(130, 100, 160, BF16, processors=FEW),
+    Case(30, 40, 192, BF16, mask="bool"),
     Case(70, 100, 256),
     Case(130, 70, 250, processors=FEW),
     Case(70, 100, 512, heads=2, kv_heads=1),

@@ -20,6 +20,7 @@ struct KeyRange {
 template <class C>
 LDM_DEVICE KeyRange share_of_keys(const FlashParams& p, int q_begin, int split, int splits) {
   const int seen = key_limit(p, q_begin + C::kBlockQ - 1);
+  if (!C::kSplit) return {0, seen};
   const int share = ceil_div(ceil_div(seen, C::kBlockK), splits) * C::kBlockK;
   return {split * share, min(seen, (split + 1) * share)};
 }
@@ -149,7 +150,7 @@ flash_fwd_kernel(LDM_PARAMS p) {
       start(keys.begin / C::kBlockK + stage);
   copy_wait<C::kStages - 1>();
   sync_block();
-  RowOperand<C::kPadded, C::kRowTiles, C::kKept> query;
+  RowOperand<C::kPadded, C::kRowTiles, kGeneral ? C::kGeneralKept : C::kKept> query;
   query.load(q_tile.rows_from(warp_row));
 
   // exp2 folds log2(e) into the scale; a masked score is scaled before the mask is added

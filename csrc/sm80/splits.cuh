@@ -26,7 +26,8 @@ int count_splits(const FlashParams& p) {
   const int64_t blocks = count_blocks<K>(p);
   const Waves<K> waves;
   const int shares = p.k_len / share_keys(p);
-  if (shares < kSplitFrom || blocks == 0 || blocks > waves.processors) return 1;
+  if (!K::Tiles::kSplit || shares < kSplitFrom || blocks == 0 || blocks > waves.processors)
+    return 1;
   const int64_t most = std::min(shares, kMaxSplits);
   return static_cast<int>(std::max<int64_t>(1, std::min(waves.size() / blocks, most)));
 }

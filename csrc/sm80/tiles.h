@@ -62,6 +62,7 @@ struct LargeTiles {
   static constexpr int kBlockQ = kRowGroups * kRowTiles * 16;
   static constexpr int kColumns = kColumnGroups * 16;  // a step of the pipeline
   static constexpr int kParts = kHeadDim / kColumns;
+  static constexpr bool kSplit = true;
   static constexpr int kBlockK = kColumnGroups * 16;
   static constexpr int kStages = 3;
   static constexpr int kStepBytes = kBlockK * kColumns * 2;
@@ -190,7 +191,10 @@ struct FwdTiles {
   static constexpr int kBlockK = kSlice * kSlices;  // a stage
   static constexpr int kStages = kRow.stages;
   static constexpr bool kKept = kRow.kept;
-  static constexpr bool kSplit = kShape != Shape::kFew && kShape != Shape::kOneWarp;
+  // without registers to spare, no splits, and no queries in them beside masks and dropout
+  static constexpr bool kSplit =
+      kShape == Shape::kNarrow || (kShape == Shape::kWide && kPadded < 160);
+  static constexpr bool kGeneralKept = kKept && kPadded < 192;
   // four blocks an SM of sm_90, which the compiler misses by 8 registers a thread
   static constexpr int kResident = kShape == Shape::kNarrow && kDim == 64 ? 4 : 1;
   static constexpr int kSharedBytes = (kBlockQ + kSlice + 2 * kStages * kBlockK) * kPadded * 2;
