@@ -17,11 +17,10 @@ double queries_an_sm(const FlashParams& p) {
   return static_cast<double>(passed * K::Tiles::kBlockQ) / splits;
 }
 
-// A narrow tile reads K and V twice as often: 1.1 of the time in full waves.
-template <class Wide, class Narrow>
+template <int kHeadDim, class Wide, class Narrow>
 bool prefers_narrow(const FlashParams& p) {
   return p.q_len <= Narrow::Tiles::kBlockQ ||
-         11 * queries_an_sm<Narrow>(p) < 10 * queries_an_sm<Wide>(p);
+         kNarrowCost<kHeadDim> * queries_an_sm<Narrow>(p) < queries_an_sm<Wide>(p);
 }
 
 template <typename T, class C, bool kGeneral>
@@ -49,7 +48,7 @@ auto with_kernel(const FlashParams& p, F&& f) {
     }
     if constexpr (kHasWideFwd<kHeadDim>) {
       using Wide = FwdKernel<T, FwdTiles<kHeadDim, Shape::kWide>, false>;
-      if (!prefers_narrow<Wide, Narrow>(p)) return f(Wide());
+      if (!prefers_narrow<kHeadDim, Wide, Narrow>(p)) return f(Wide());
     }
     return f(Narrow());
   });

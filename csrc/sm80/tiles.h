@@ -39,6 +39,14 @@ constexpr FwdRow kFwdNarrow[] = {
     {96, 4, 1, 48, 1, 2, true},  {112, 4, 1, 32, 1, 2, true}, {128, 4, 1, 32, 1, 2, true},
     {160, 4, 1, 32, 1, 2, true}, {192, 4, 1, 16, 1, 2, true}, {256, 4, 1, 16, 1, 2, false},
 };
+// What a query costs them, of what it costs a wide tile, in full waves: every fragment of K and V
+// serves half as many. NVIDIA H100, 2026-11-27, on the same shapes; 96 at 16 heads of 4096.
+template <int kDim>
+constexpr double kNarrowCost = kDim <= 48    ? 1.25
+                               : kDim <= 64  ? 1.2
+                               : kDim <= 96  ? 1.35
+                               : kDim <= 128 ? 1.5
+                                             : 1.15;
 // Few keys: slices that 77 fill.
 constexpr FwdRow kFwdFew[] = {
     {40, 4, 2, 16, 4, 2, true},
