@@ -43,6 +43,7 @@ class Levers:
     channels_last: bool = False
     accumulate: int = 1
     graph: bool = True  # and cached latents
+    decoded_at_once: int = 1  # images, where activations are recomputed; `ldm4ts train` has two
 
 
 GUIDE = (
@@ -82,6 +83,7 @@ def prepared(levers: Levers, px: int, batch_size: int) -> Iterator[tuple[Any, di
                 image_size=(px, px),
                 attention_backend=levers.attention,
                 enable_gradient_checkpointing=levers.checkpointing,
+                decoded_at_once=levers.decoded_at_once,
             )
         batch = _batch(model, batch_size, encoded=levers.graph)
         loss = accelerator.prepare_model(StageLoss(model, "forecaster"), evaluation_mode=True)

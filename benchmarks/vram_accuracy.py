@@ -24,6 +24,7 @@ import torch
 from benchmarks.measure import RESULTS, free_memory, write_rows
 
 NAME = "vram_accuracy"
+DECODED_AT_ONCE = {128: 2, 224: 1, 512: 1}  # images by their size, where activations are recomputed
 AT_ONCE = 10  # processes; of the largest cases, neighbours in CASES, some 70 GiB
 
 
@@ -89,6 +90,7 @@ def measure(case: Case) -> dict[str, Any]:
             image_size=size,
             attention_backend=case.backend,
             enable_gradient_checkpointing=case.gradient_checkpointing,
+            decoded_at_once=DECODED_AT_ONCE[case.px],
         )
         config = model.config
         history = torch.randn(case.batch_size, config.history, config.variates).cumsum(1)
@@ -148,7 +150,7 @@ def estimate(case: Case) -> dict[str, float]:
     if case.part == "autoencoder":
         parts = autoencoder_parts(case.batch_size, size, case.gradient_checkpointing)
     step = Step(
-        config=resolve_config("guide", image_size=size),
+        config=resolve_config("guide", image_size=size, decoded_at_once=DECODED_AT_ONCE[case.px]),
         part=case.part,
         materialised=case.backend == "default",
         gradient_checkpointing=case.gradient_checkpointing,

@@ -184,7 +184,7 @@ def test_no_kernel_spills_and_each_fits_every_gpu_it_serves(resources):
     for kernel in found:
         joint = kernel.name == "flash_bwd_kernel" and "(Shape)4" in kernel.tiles
         # one pointer, read once a stage; where a joint block is, read once a step
-        assert kernel.stack_bytes <= (16 if joint else 8), kernel
+        assert kernel.stack_bytes <= (24 if joint else 8), kernel
         wide = kernel.name == "flash_fwd_kernel" and "(Shape)0" in kernel.tiles
         for capability in (80, 90) if wide or joint else (80, 86, 89, 90):  # narrow ones serve
             assert kernel.shared_bytes <= resources.SHARED_A_BLOCK[capability] * 1024, kernel

@@ -265,16 +265,16 @@ def test_kernels_are_as_accurate_as_torch_on_a_gpu(shape, is_causal, dtype):
 @pytest.mark.parametrize("head_dim", [36, 40, 64, 80, 96, 112, 128, 160])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_blocks_that_add_to_one_dq_are_as_accurate_as_torch(head_dim, is_causal):
-    shape = Shape(66, 8, 4, 540, 523, head_dim)  # its blocks come in whole waves
+    shape = Shape(20, 8, 4, 540, 523, head_dim)  # blocks for most of their waves
     attend(shape, torch.bfloat16, is_causal=is_causal)
-    assert backward_workspace(shape) > 4 * 66 * 8 * 540 * head_dim, "float32 sums of dq"
+    assert backward_workspace(shape) > 4 * 20 * 8 * 540 * head_dim, "float32 sums of dq"
 
 
 @built
 @pytest.mark.gpu
 @pytest.mark.usefixtures("deterministic")
 def test_no_block_adds_to_the_dq_of_another_where_that_must_repeat():
-    assert backward_workspace(Shape(66, 8, 4, 540, 523, 64)) < 4 * 66 * 8 * 540 * 4
+    assert backward_workspace(Shape(20, 8, 4, 540, 523, 64)) < 4 * 20 * 8 * 540 * 8
 
 
 def backward_workspace(shape: Shape) -> int:

@@ -30,6 +30,7 @@ POSITIVE_INTEGERS = (
     "patch_stride",
     "fusion_width",
     "latent_channels",
+    "decoded_at_once",
 )
 
 
@@ -76,6 +77,9 @@ class LDM4TSConfig:
     latent_channels: int = 4  # of the small autoencoder
     text_encoder: str | None = None
     prompt: str = "A multivariate time series."  # describes the data set to the text encoder
+    # Images that a step which recomputes its activations decodes together, fewer of larger ones than
+    # 224 px: the less, the less memory and the longer
+    decoded_at_once: int = 2
 
     def __post_init__(self) -> None:
         for name in CONFIG_FIELDS_AS_TUPLES:  # JSON brings lists

@@ -31,9 +31,7 @@ from ldm4ts_kernels.model.denoiser import (
 )
 from ldm4ts_kernels.model.pretrained import load_weights, read_config, write_checkpoint
 from ldm4ts_kernels.model.recompute import (
-    DECODED_IN_A_STEP,
     DECODED_PIXELS,
-    STEP_PIXELS,
     images_within,
     recompute,
     recompute_activations,
@@ -385,9 +383,8 @@ class LDM4TSModel(nn.Module):
 
     def images_at_once(self, training: bool) -> int:
         """Return how many images are decoded together, in a step that recomputes or a forecast."""
-        if training:
-            return min(images_within(STEP_PIXELS, self.config.image_size), DECODED_IN_A_STEP)
-        return images_within(DECODED_PIXELS, self.config.image_size)
+        fitting = images_within(DECODED_PIXELS, self.config.image_size)
+        return min(fitting, self.config.decoded_at_once) if training else fitting
 
     def _denoising_step(self) -> DenoisingStep:
         return self.graphed_denoiser or partial(self.noise_process.denoise, self.unet)

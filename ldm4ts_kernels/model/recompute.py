@@ -34,11 +34,10 @@ MODES = {
 }
 
 
-# Pixels of images that are decoded together in a forecast, and where a step recomputes activations,
-# which would else take more than the U-Net; the autoencoder's own training takes four times as many
-# as the latter. In a step no more than two images, so that its memory grows with the batch as a
-# line.
-DECODED_PIXELS, STEP_PIXELS, DECODED_IN_A_STEP = 2 * 224 * 224, 224 * 224, 2
+# Pixels of images that are decoded together where activations are recomputed, and in a forecast;
+# the autoencoder's own training takes twice as many. All of a batch would else take more than the
+# U-Net. In a step no more than `decoded_at_once`, so that its memory grows with the batch as a line.
+DECODED_PIXELS = 2 * 224 * 224
 
 
 def images_within(pixels: int, image_size: tuple[int, int]) -> int:
