@@ -77,8 +77,8 @@ class LDM4TSConfig:
     latent_channels: int = 4  # of the small autoencoder
     text_encoder: str | None = None
     prompt: str = "A multivariate time series."  # describes the data set to the text encoder
-    # Images that a step which recomputes its activations decodes together, fewer of larger ones than
-    # 224 px: the less, the less memory and the longer
+    # Images that a step which recomputes activations decodes together, one if larger than 224 px:
+    # the fewer, the less memory, and the longer
     decoded_at_once: int = 2
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ MODES = {
 
 # Pixels of images that are decoded together where activations are recomputed, and in a forecast;
 # the autoencoder's own training takes twice as many. All of a batch would else take more than the
-# U-Net. In a step no more than `decoded_at_once`, so that its memory grows with the batch as a line.
+# U-Net. In a step no more than `decoded_at_once`: its memory then grows with the batch as a line.
 DECODED_PIXELS = 2 * 224 * 224
 
 
