@@ -46,7 +46,7 @@ def _triton_device(call: Call) -> str | None:
     return f"needs a cuda device, got {call.device.type}"
 
 
-# Device time on an H200, bf16, where sdpa is cuDNN: benchmarks/results/attention_speed.csv.
+# Device time on an H100, bf16, where sdpa is cuDNN: benchmarks/results/attention_speed.csv.
 def _declines_unmeasured(call: Call) -> str | None:
     if call.device.type == "cuda":
         return "is not yet measured on this kind of GPU: ask for it by name"
@@ -65,10 +65,10 @@ def _declines_native(call: Call) -> str | None:
     if call.needs_grad:
         if call.key_length <= 196 and call.head_dim <= 80:
             return None
-        return "is measured at 0.4 to 0.9 of sdpa's speed on sm_90 with a gradient, past 196 keys"
+        return "is measured at 0.5 to 0.9 of sdpa's speed on sm_90 with a gradient, past 196 keys"
     if call.key_length < 256 and call.query_length <= 784:
         return None
-    return "is measured at 0.4 to 0.9 of sdpa's speed on sm_90 from 256 keys or 1024 queries on"
+    return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90 from 256 keys or 1024 queries on"
 
 
 def _declines_triton(call: Call) -> str | None:
@@ -78,17 +78,38 @@ def _declines_triton(call: Call) -> str | None:
         return "is not yet measured with masks or in float32"
     length = min(call.query_length, call.key_length)
     wide = call.needs_grad and 128 < call.head_dim <= 160 and length >= 4096
-    if wide or (not call.needs_grad and call.head_dim == 64 and length >= 16384):
+    if wide or (call.head_dim == 64 and length >= 16384):
         return None
-    return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90"
+    return (
+        "is measured at 0.8 to 1.0 of sdpa's speed on sm_90, or ahead by less than a launch takes"
+    )
 
 
 def _declines_int8(call: Call) -> str | None:
     if not is_hopper(capability(call.device)):
         return _declines_unmeasured(call)
-    if call.needs_grad:
-        return "saves memory, not time, beside triton, exact, on sm_90 with a gradient"
-    return "overtakes triton, exact, on sm_90 at about 16000 tokens: ask for it by name"
+    if call.mask or call.is_causal:
+        return "is not yet measured with masks"
+    length = min(call.query_length, call.key_length)
+    if not call.needs_grad:
+        if call.head_dim in (64, 128) and length >= 16384:
+            return None
+        return "overtakes sdpa on sm_90 at about 16000 tokens"
+    if 128 < call.head_dim <= 160 and length >= 4096:
+        return None
+    return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90 with a gradient"
+
+
+def _declines_sageattention(call: Call) -> str | None:
+    if not is_hopper(capability(call.device)):
+        return None
+    return "is measured at 0.3 to 0.9 of sdpa's speed on sm_90"
+
+
+def _declines_native_int8(call: Call) -> str | None:
+    if not is_hopper(capability(call.device)):
+        return _declines_unmeasured(call)
+    return "is measured at 0.4 to 0.9 of sdpa's speed on sm_90"
 
 
 def _native_device(call: Call) -> str | None:
@@ -279,7 +300,7 @@ NATIVE_INT8 = Backend(
         extra=(_no_keys, _no_queries, _native_device),
     ),
     _native_int8,
-    declines=_declines_unmeasured,
+    declines=_declines_native_int8,
 )
 TRITON_INT8 = Backend(
     "triton_int8",
@@ -334,6 +355,7 @@ SAGEATTENTION = Backend(
         extra=(_no_keys, _no_queries),
     ),
     wheels.sageattention,
+    declines=_declines_sageattention,
 )
 SDPA = Backend("sdpa", Requires(lse=False, transforms=True), _sdpa)
 

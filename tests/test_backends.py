@@ -310,6 +310,7 @@ LONG = {"key_length": 4096, "query_length": 4096, "head_dim": 64}
         ("triton", {**LONG, "needs_grad": True, "head_dim": 160}, False),
         ("triton", {**LONG, "needs_grad": True, "head_dim": 128}, True),
         ("triton", {"key_length": 16384, "query_length": 16384, "head_dim": 64}, False),
+        ("triton", {"key_length": 16384, "query_length": 16384, "needs_grad": True}, False),
         ("triton", {"key_length": 16384, "query_length": 16384, "mask": "boolean"}, True),
     ],
 )

@@ -293,8 +293,12 @@ def test_auto_declines_it_where_it_is_measured_to_be_slower(monkeypatch):
     call = explain(*draw(SMALL[2], torch.float16, torch.device("cpu")), precision="int8").call
     (row,) = (row for row in backends.CHAINS["int8"] if row.name == "triton_int8")
     monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
-    assert "overtakes triton" in row.declines(call._replace(needs_grad=False))
-    assert "not time" in row.declines(call._replace(needs_grad=True))
+    assert "overtakes sdpa" in row.declines(call._replace(needs_grad=False))
+    assert "of sdpa's speed" in row.declines(call._replace(needs_grad=True))
+    long = {"query_length": 16384, "key_length": 16384, "head_dim": 128}
+    assert row.declines(call._replace(needs_grad=False, **long)) is None
+    assert row.declines(call._replace(needs_grad=True, **{**long, "head_dim": 160})) is None
+    assert "not yet" in row.declines(call._replace(is_causal=True, **long))
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT_KIB)
