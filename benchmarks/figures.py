@@ -89,7 +89,8 @@ def main() -> None:
     for axes, passes in zip(speed.subplots(2, 1), ("forward", "forward+backward"), strict=True):
         draw_speed(axes, passes)
     speed.axes[0].legend(ncols=4, frameon=False, fontsize=9)
-    speed.suptitle("Attention on an H200, bf16, by shape B x H x N_q x N_k x D", fontsize=11)
+    gpu = read("attention_speed")[0]["gpu"]
+    speed.suptitle(f"Attention on {gpu}, bf16, by shape B x H x N_q x N_k x D", fontsize=11)
     save(speed, "attention_speed.svg")
     if (RESULTS / "training_levers.csv").exists():
         levers = Figure(figsize=(11, 4.6), layout="constrained")

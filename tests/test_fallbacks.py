@@ -38,11 +38,6 @@ CALLS = [
     ("native", {"device": torch.device("cpu")}, "needs a cuda device, got cpu"),
     ("native", {"dtype": torch.float32}, "takes bfloat16, float16, got float32"),
     ("native", {"head_dim": 520, "value_dim": 520}, "takes head dims up to 512, got 520"),
-    (
-        "native",
-        {"head_dim": 512, "value_dim": 512, "needs_grad": True},
-        "has no backward pass past head dim 256",
-    ),
     ("native", {"mask": "additive with gradient"}, "takes no additive with gradient mask"),
     ("flash_attn", {"dtype": torch.float32}, "takes bfloat16, float16, got float32"),
     ("flash_attn", {"head_dim": 512, "value_dim": 512}, "takes head dims up to 256, got 512"),
