@@ -21,8 +21,8 @@ LARGEST_BATCH = 64  # of a recommendation: larger steps are another training, no
 # NVIDIA H200, torch 2.11, CUDA 13.0, 2026-11-23, python -m benchmarks.vram_accuracy --measure:
 # medians over 80 configurations. Other GPUs and versions differ.
 WORKSPACES = 103 * MIB  # allocated beyond the traced tensors: cuBLAS' workspaces and the like
-# Of the above, reserved by the caching allocator and not used. It is more than the largest error of
-# an estimate (4.6 %), so that what is recommended fits even then.
+# Of the above, reserved by the caching allocator and not used. It is more than an estimate was too
+# small at most (4.7 % on an H100, 2026-11-27), so that what is recommended fits even then.
 RESERVE = 0.05
 # Of a budget, what is left free: what the pool of a CUDA graph holds beyond the tensors, 10 to 14 %
 # of them on the same machine, of which RESERVE is a part.
