@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.measure import kept_bytes, write_rows
 from ldm4ts_kernels import patch_unet_attention
 
+pytest.importorskip("diffusers", reason="needs diffusers")
+
 BATCH = 4
 LAYOUTS = [
     pytest.param(px, attention, checkpointing, id=f"{px}px-{attention}-{checkpointing}")

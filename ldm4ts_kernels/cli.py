@@ -6,7 +6,7 @@ Exit codes: 0; 1 for a failed run; 2 for wrong usage; 130 when stopped by Ctrl-C
 import sys
 from typing import Any, NoReturn
 
-EXTRAS = {"nicegui": "panel"}  # all else comes with the extra ldm4ts
+EXTRAS = {"nicegui": "panel", "uvicorn": "panel"}  # all else comes with the extra ldm4ts
 
 
 def main() -> None:

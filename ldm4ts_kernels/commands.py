@@ -118,6 +118,8 @@ def train_command(
     note(f"{config.data.name}: preset {config.preset}, {config.device}, {config.precision}, "
           f"{config.autoencoder_steps} + {config.steps} steps of {config.batch_size} windows "
           f"-> {config.output}")  # fmt: skip
+    if config.resume and not (Path(config.output) / "config.json").exists():
+        note(f"{config.output} holds no run to go on with: this one begins there")
     with TrainingProgress(notes) as show:
         result = train(config, show)
     _print_scores(result.test)

@@ -201,7 +201,7 @@ def _fit(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     from ldm4ts_kernels.budget import choose_levers
 
     if config.device != "cuda":
-        raise OptionError(f"vram_gb: expected device cuda, got {config.device}")
+        raise OptionError(f"vram_gb: needs a GPU (device cuda), got device {config.device}")
     levers = [
         lever
         for lever in (LEVERS if missing_8bit() else LEAN_LEVERS)

@@ -253,7 +253,7 @@ def test_an_autoencoders_one_head_of_512_is_served_and_the_report_says_by_whom()
             torch.testing.assert_close(model(image).sample, expected)
     for row in handle.report():
         assert (row.shape, row.served_by) == ((1, 1, 64, 64, 512), "sdpa")
-        assert "takes head dims up to 256, got 512" in row.reasons["native"]
+        assert "takes head dims up to 256, got 512" in row.reasons["flash_attn"]
 
 
 def test_verify_finds_a_dispatcher_or_encoder_that_was_switched():

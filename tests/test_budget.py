@@ -90,7 +90,7 @@ def test_what_is_given_is_kept(gpu, caplog):
 
 
 def test_a_budget_without_a_gpu_is_an_error():
-    with pytest.raises(OptionError, match="vram_gb: expected device cuda, got cpu"):
+    with pytest.raises(OptionError, match=r"vram_gb: needs a GPU \(device cuda\), got device cpu"):
         plan({"vram_gb": 6, "device": "cpu"})
     with pytest.raises(OptionError, match="vram_gb: expected more than 0, got 0"):
         TrainConfig(vram_gb=0)
