@@ -96,10 +96,11 @@ def read_scores(run: Run, directory: Path, seconds: float) -> dict[str, object]:
 
 def train_all(
     chosen: list[Run], folder: Path, at_once: int, seconds: float, options: list[str]
-) -> None:
+) -> int:
     """Train, at_once processes side by side, and write the file anew whenever one has ended.
 
-    After `seconds` those that still train are ended, and nothing is known of them.
+    After `seconds` those that still train are ended, and nothing is known of them. Returns how many
+    runs have no row.
     """
     rows: list[dict[str, object]] = []
     waiting = list(chosen)
@@ -129,6 +130,7 @@ def train_all(
             print("not finished:", run, Path(f"{_directory(scratch, run)}.log").read_text()[-300:])
             process.kill()
             process.wait()
+    return len(chosen) - len(rows)
 
 
 def _directory(scratch: str, run: Run) -> Path:
@@ -145,7 +147,8 @@ def main() -> None:
     parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
     options, rest = parser.parse_known_args()  # the rest: options of `ldm4ts train`
     chosen = [run for run in runs(options.backends) if run.data in options.data]
-    train_all(chosen, options.folder, options.at_once, options.seconds, rest)
+    if missing := train_all(chosen, options.folder, options.at_once, options.seconds, rest):
+        sys.exit(f"{missing} of {len(chosen)} runs have no scores: see above")
 
 
 if __name__ == "__main__":
