@@ -42,7 +42,12 @@ template <int kDim> void show_all() {
   if constexpr (kHasFewFwd<kDim>) show<FwdTiles<kDim, Shape::kFew>>("FwdTiles", ", (Shape)2");
   if constexpr (kHasWideBwd<kDim>) show<BwdTiles<kDim, Shape::kWide>>("BwdTiles", ", (Shape)0");
   show<BwdTiles<kDim, Shape::kNarrow>>("BwdTiles", ", (Shape)1");
-  if constexpr (kHasJointBwd<kDim>) show<BwdTiles<kDim, Shape::kJoint>>("BwdTiles", ", (Shape)4");
+  if constexpr (kHasJointBwd<kDim>) {
+    using Joint = BwdTiles<kDim, Shape::kJoint>;
+    show<Joint>("BwdTiles", ", (Shape)4");
+    std::printf("finish BwdTiles<%d, (Shape)4> %d %d\\n", kDim, kFinishedRows * 2,
+                kFinishedRows * Joint::kPadded * 2);
+  }
   show<BwdTiles<kDim, Shape::kGeneral>>("BwdTiles", ", (Shape)3");
   if constexpr (kHasInt8<kDim>) show<Int8Tiles<kDim>>("Int8Tiles", "");
 }
@@ -120,8 +125,8 @@ def kernels(library: Path) -> list[Kernel]:
         if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             resident = "statistics" in name or "round" in name  # nothing in shared memory
             threads, shared = sizes[tiles]
-            if "finish" in name:  # kFinishedRows
-                threads, shared = 128, 64 * 2 * -(-int(re.findall(r"\d+", tiles)[0]) // 16) * 16
+            if "finish" in name:
+                threads, shared = sizes[f"finish {tiles}"]
             found.append(
                 Kernel(
                     name, tiles, element, general == "true" or "large" in name, arch,

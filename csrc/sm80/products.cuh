@@ -69,18 +69,16 @@ LDM_DEVICE void multiply_rows(T type, float (&c)[kRowTiles][kColumnTiles][4],
   }
 }
 
-// sum += scores · tile[row.., column..]; the sums' columns may end within the last 16
-template <typename T, int kRowTiles, int kScoreTiles, int kSumTiles, int kColumns,
+// sum += scores · tile[row.., column..]; the sums' columns may end within the last 16. operand(a,
+// r, k) gives the scores of 16 rows and columns as operand A.
+template <int kSteps, typename T, int kRowTiles, int kSumTiles, int kColumns, typename A,
           typename F = Nothing>
-LDM_DEVICE void accumulate(T type, float (&sum)[kRowTiles][kSumTiles][4],
-                           const float (&scores)[kRowTiles][kScoreTiles][4], Tile<kColumns> tile,
-                           int row, int column, F&& meanwhile = F()) {
-  constexpr int kSteps = kScoreTiles / 2, kPairs = ceil_div(kSumTiles, 2);
+LDM_DEVICE void accumulate_operands(T type, float (&sum)[kRowTiles][kSumTiles][4], A&& operand,
+                                    Tile<kColumns> tile, int row, int column, F&& meanwhile = F()) {
+  constexpr int kPairs = ceil_div(kSumTiles, 2);
   LDM_UNROLL for (int k = 0; k < kSteps; ++k) {
     uint32_t a[kRowTiles][4];
-    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
-      accumulators_to_a(type, a[r], scores[r][2 * k], scores[r][2 * k + 1]);
-    }
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) operand(a[r], r, k);
     LDM_UNROLL for (int n = 0; n < kPairs; ++n) {
       uint32_t b[4];
       load_b_transposed(b, tile, row + k * 16, column + n * 16);
@@ -93,23 +91,24 @@ LDM_DEVICE void accumulate(T type, float (&sum)[kRowTiles][kSumTiles][4],
   }
 }
 
-// The same with scores that lie in a tile: sum += tile of scores[scores_row.., 0..] · tile.
+// Of scores in registers, as accumulators.
+template <typename T, int kRowTiles, int kScoreTiles, int kSumTiles, int kColumns,
+          typename F = Nothing>
+LDM_DEVICE void accumulate(T type, float (&sum)[kRowTiles][kSumTiles][4],
+                           const float (&scores)[kRowTiles][kScoreTiles][4], Tile<kColumns> tile,
+                           int row, int column, F&& meanwhile = F()) {
+  const auto operand = [&](uint32_t (&a)[4], int r, int k) {
+    accumulators_to_a(type, a, scores[r][2 * k], scores[r][2 * k + 1]);
+  };
+  accumulate_operands<kScoreTiles / 2>(type, sum, operand, tile, row, column, meanwhile);
+}
+
+// Of scores in a tile, whose first rows these are.
 template <typename T, int kRowTiles, int kSumTiles, int kScoreColumns, int kColumns>
 LDM_DEVICE void accumulate_tile(T type, float (&sum)[kRowTiles][kSumTiles][4],
                                 Tile<kScoreColumns> scores, Tile<kColumns> tile, int column) {
-  constexpr int kPairs = ceil_div(kSumTiles, 2);
-  LDM_UNROLL for (int k = 0; k < kScoreColumns / 16; ++k) {
-    uint32_t a[kRowTiles][4];
-    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) load_a(a[r], scores, r * 16, k * 16);
-    LDM_UNROLL for (int n = 0; n < kPairs; ++n) {
-      uint32_t b[4];
-      load_b_transposed(b, tile, k * 16, column + n * 16);
-      LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
-        mma(type, sum[r][2 * n], a[r], b[0], b[1]);
-        if (2 * n + 1 < kSumTiles) mma(type, sum[r][2 * n + 1], a[r], b[2], b[3]);
-      }
-    }
-  }
+  const auto operand = [&](uint32_t (&a)[4], int r, int k) { load_a(a, scores, r * 16, k * 16); };
+  accumulate_operands<kScoreColumns / 16>(type, sum, operand, tile, 0, column);
 }
 
 }  // namespace ldm

@@ -92,7 +92,6 @@ flash_bwd_statistics_kernel(LDM_PARAMS p) {
 }
 
 // A block per kFinishedRows queries: the sums of dq, complete now, become dq.
-constexpr int kFinishedRows = 64;
 template <typename T, class C>
 LDM_KERNEL(kFinishedRows * 2, 1)
 flash_bwd_finish_kernel(LDM_PARAMS p) {
