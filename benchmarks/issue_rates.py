@@ -119,10 +119,8 @@ def measure(launch: Any, head_dim: int, capability: tuple[int, int]) -> dict[str
             continue
         compiled = compile_launch(kernel, args, kwargs, capability)
         config = Config(kwargs["BLOCK_Q"], kwargs["BLOCK_K"], 0, 0)
-        # With specialised warps a loop computes for one of the two groups.
-        warps = kwargs["num_warps"] * (2 if kwargs.get("SPECIALISE") else 1)
         loops = [loop for loop in inner_loops(machine_code(compiled)) if "MMA" in " ".join(loop)]
-        counts = [count(loop, config, warps) for loop in loops]
+        counts = [count(loop, config, kwargs["num_warps"]) for loop in loops]
         found[kernel.__name__.split("_")[2]] = min(
             (c for c in counts if c.exponentials > 0.5), key=lambda c: c.issues
         )

@@ -52,12 +52,13 @@ TILES |= {f"int8_{stage}": TILES[stage] for stage in ("key_gradient", "query_gra
 
 
 def candidates(stage: str, problem: Problem) -> list[Config]:
-    """Return the tiles of a pass, on Hopper also with tensor maps and with specialised warps."""
+    """Return the tiles of a pass, on Hopper also with tensor maps and with a kept maximum."""
     configs = [Config(*tile) for tile in TILES[stage]]
     if problem.capability[0] == 9 and problem.key_length >= tuning.TMA_LENGTH:
-        configs += [replace(config, tma=True) for config in configs]
-        if stage == "forward" and problem.key_length % 128 == 0:
-            configs.append(Config(128, 128, 4, 2, tma=True, specialise=True))
+        maps = [replace(config, tma=True) for config in configs]
+        configs += maps
+        if stage.endswith("forward") and problem.dtype == torch.bfloat16:
+            configs += [replace(config, steady=True) for config in maps]
     return configs
 
 

@@ -84,8 +84,8 @@ def _flash_fwd_kernel(
     QK_0: tl.constexpr, QK_1: tl.constexpr, QUANT_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_CAP: tl.constexpr,
     SCALED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr, SPECIALISE: tl.constexpr,
-    STEADY: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr, STEADY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Q, BLOCK_Q)
     first_row = (tl.program_id(0) % blocks) * BLOCK_Q
@@ -102,16 +102,10 @@ def _flash_fwd_kernel(
         mask_ptr += batch * stride_mb + head * stride_mh
 
     rows = first_row + tl.arange(0, BLOCK_Q)
-    # For its second group of specialised warps Triton 3.6 adds 64 to the number that places a load,
-    # and so to all else made of it. Hence one that has no other use: 0, not known to be a constant.
-    zero = tl.program_id(1)
-    q_rows = open_rows(
-        q_ptr + first_row.to(tl.int64) * stride_qn, stride_qn, Q - first_row,
-        BLOCK_Q, QK_0, QK_1, QK_D, TMA,
-    )  # fmt: skip
+    q_rows = open_rows(q_ptr, stride_qn, Q, BLOCK_Q, QK_0, QK_1, QK_D, TMA)
     k_rows = open_rows(k_ptr, stride_kn, K, BLOCK_K, QK_0, QK_1, QK_D, TMA)
     v_rows = open_rows(v_ptr, stride_vn, K, BLOCK_K, PART_0, PART_1, D, TMA)
-    q = load_rows(q_rows, zero, Q - first_row, BLOCK_Q, QK_0, QK_1, QK_D, True, TMA)
+    q = load_rows(q_rows, first_row, Q, BLOCK_Q, QK_0, QK_1, QK_D, True, TMA)
     kv_index = batch * (H // groups) + kv_head  # of B · G
     q_scale = 1.0
     if QUANT_ROWS > 0:
@@ -126,18 +120,17 @@ def _flash_fwd_kernel(
     )
     # A row may see no key at all, or none in its first blocks: then -inf must not meet -inf.
     MAY_BE_EMPTY: tl.constexpr = (MASK > 0) or HAS_LEFT or HAS_RIGHT
-    # Loop 0 takes the whole blocks of keys, loop 2 what is left, with checks. Specialised warps,
-    # some loading and some computing, take one loop: all blocks are whole. STEADY leaves all but
+    # Loop 0 takes the whole blocks of keys, loop 2 what is left, with checks. STEADY leaves all but
     # the first block to loop 1, which keeps its maximum: weights above 1 are as precise, and
     # nothing is corrected. Where they overflow, loop 3 starts again, with a maximum that follows.
     first = tl.minimum(low + BLOCK_K, whole)
-    for LOOP in tl.static_range(0, 1 if SPECIALISE else 4, 1 if STEADY else 2):
+    for LOOP in tl.static_range(0, 4, 1 if STEADY else 2):
         begin = whole if LOOP == 2 else first if LOOP == 1 else low
         end = high if LOOP >= 2 else first if STEADY and LOOP == 0 else whole
         if LOOP == 3:
             again, total, row_max, row_sum = _start_again_if_lost(total, row_max, row_sum, PART_1)
             begin = tl.where(again, low, high)
-        for start in tl.range(begin, end, BLOCK_K, warp_specialize=SPECIALISE):
+        for start in range(begin, end, BLOCK_K):
             columns = start + tl.arange(0, BLOCK_K)
             k = load_rows(k_rows, start, K, BLOCK_K, QK_0, QK_1, QK_D, LOOP >= 2, TMA)
             factor = q_scale
@@ -201,7 +194,6 @@ def _plan(problem: Problem, strides: tuple[int, ...], aligned: bool) -> Launch:
         **problem.flags(),
         **config.constants(),
         "TMA": config.tma,
-        "SPECIALISE": config.specialise,
         "STEADY": config.steady,
         "ONE_BLOCK": problem.key_length <= config.block_k,
         "STEP": common_step(strides[:12]),

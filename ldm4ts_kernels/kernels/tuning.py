@@ -14,7 +14,6 @@ class Config:
     """The tile of one launch: queries and keys a block, warps a block, loads in flight.
 
     tma: operands are loaded by Hopper's copy engine, through tensor maps.
-    specialise: one group of warps loads and two compute, 64 rows each, out of step with each other.
     steady: softmax keeps the maximum of the first block of keys, so that later sums need no
         correction, and starts again with one that follows where a row leaves float32 that way.
     """
@@ -24,7 +23,6 @@ class Config:
     num_warps: int
     num_stages: int
     tma: bool = False
-    specialise: bool = False
     steady: bool = False
 
     def constants(self) -> dict[str, int]:
@@ -158,8 +156,9 @@ SHORT = {
     "one_block": {(64, 64): None, (64, 128): (128, 64, 8, 2)},
 }  # fmt: skip
 # Rows for Hopper's tensor maps, 16-bit elements, where `problem.takes_tensor_maps`: (largest head
-# dim, most keys) → row, None where pointers are faster. A last word specialises the warps of a row
-# or keeps a maximum (steady); where that may not be, the row of the second table stands in.
+# dim, most keys) → row, None where pointers are faster. A last word keeps a maximum (steady); where
+# that may not be, the row of the second table stands in. None has Triton's specialised warps, which
+# lose rows where another process shares the GPU (docs/triton.md).
 # NVIDIA H100, torch 2.11, Triton 3.6, 2026-11-27, bf16, best by graph replay of 2 to 5 rows a
 # shape, pointers among them where none is given: lengths 784 (head dims 40 and 64), 1024 (80),
 # 4096 (40, 64, 80 and 160), 4608 (128), 16384 (128) and 17776 (64). Between two of these lengths a
@@ -167,7 +166,8 @@ SHORT = {
 TMA = {
     "forward": {(48, ANY): (128, 64, 4, 3, "steady"), (64, 2047): (64, 64, 4, 2, "steady"),
                 (64, ANY): (128, 64, 8, 3, "steady"), (96, ANY): (128, 64, 4, 3, "steady"),
-                (160, ANY): (128, 128, 4, 2, "specialise")},
+                (128, 8192): (64, 64, 4, 3, "steady"), (128, ANY): (128, 128, 8, 3, "steady"),
+                (160, ANY): (128, 32, 4, 3, "steady")},
     "key_gradient": {(48, 2047): None, (64, ANY): (64, 64, 4, 3), (96, ANY): None,
                      (128, ANY): (64, 128, 8, 3), (160, ANY): (32, 64, 4, 3)},
     "query_gradient": {(64, ANY): (128, 64, 8, 3), (96, ANY): (64, 64, 4, 3),
@@ -182,14 +182,12 @@ TMA = {
 }  # fmt: skip
 TMA_PLAIN = {
     "forward": {(48, ANY): (128, 64, 4, 3), (64, ANY): (64, 128, 4, 2), (96, ANY): (128, 64, 4, 3),
-                (128, ANY): (64, 64, 4, 3), (160, ANY): (128, 32, 4, 3)},
+                (128, 8192): (64, 64, 4, 3), (128, ANY): (128, 128, 8, 3),
+                (160, ANY): (128, 32, 4, 3)},
     "int8_forward": {(48, ANY): None, (128, ANY): (64, 128, 4, 2), (160, ANY): None},
 }  # fmt: skip
 TMA_HEAD_DIM = 40  # at least
 TMA_LENGTH = 512  # queries and keys, at least
-# Specialising warps is young in Triton: 3.6 is what it was tested with, and where it had a fault
-# (see flash_forward) that a later one may have elsewhere.
-SPECIALISES = triton.__version__.startswith("3.6.")
 # Rows of query or key that share one INT8 scale. Every tile that a kernel walks over divides it, so
 # that it has one scale.
 QUANT_ROWS = 128
@@ -242,17 +240,12 @@ def choose_tma(
     row = _row(TMA.get(stage, {}), head_dim, key_length)
     if row is None or head_dim < TMA_HEAD_DIM:
         return None
-    word = row[4:]
-    may = {
-        (): True,
-        ("specialise",): SPECIALISES and plain and key_length % row[1] == 0,
-        ("steady",): plain and bfloat16,
-    }
-    if not may[word]:
-        row, word = _row(TMA_PLAIN[stage], head_dim, key_length), ()
+    steady = row[4:] == ("steady",)
+    if steady and not (plain and bfloat16):
+        row, steady = _row(TMA_PLAIN[stage], head_dim, key_length), False
         if row is None:
             return None
-    return Config(*row[:4], tma=True, specialise="specialise" in word, steady="steady" in word)
+    return Config(*row[:4], tma=True, steady=steady)
 
 
 def fits_one_block(
