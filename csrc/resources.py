@@ -21,7 +21,7 @@ DISPATCH = (CSRC / "dispatch.h").read_text()
 HEAD_DIMS = sorted({int(dim) for dim in re.findall(r"X\((\d+)\)", DISPATCH)})
 LARGE_HEAD_DIM = int(re.findall(r"kMaxFwdHeadDim = (\d+)", DISPATCH)[0])
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
-SHAPES = dict(enumerate(("wide", "narrow", "few keys", "general", "joint", "one warp")))
+SHAPES = dict(enumerate(("wide", "narrow", "few keys", "general", "joint", "one warp", "long")))
 SHARED_AN_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB, 1 of them the system's for each block
 SHARED_A_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB
 WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64}
@@ -35,6 +35,7 @@ template <class T> void show(const char* name, const char* rest) {
 }
 template <int kDim> void show_all() {
   if constexpr (kHasWideFwd<kDim>) show<FwdTiles<kDim, Shape::kWide>>("FwdTiles", ", (Shape)0");
+  if constexpr (kHasLongFwd<kDim>) show<FwdTiles<kDim, Shape::kLong>>("FwdTiles", ", (Shape)6");
   show<FwdTiles<kDim, Shape::kNarrow>>("FwdTiles", ", (Shape)1");
   if constexpr (kHasOneWarpFwd<kDim>) {
     show<FwdTiles<kDim, Shape::kOneWarp>>("FwdTiles", ", (Shape)5");

@@ -25,16 +25,17 @@ LDM_DEVICE void visit_share(int part, int parts, F&& visit) {
   }
 }
 
-// The softmax of the rows so far, measured from `base`, which is at most kSlack below their
-// maximum: it is exact all the same, for what is measured from another base is only scaled, and as
-// long as no row has grown by more, the sums of the output stay as they are.
+// The softmax of the rows so far, measured from `base`: it is exact all the same, for what is
+// measured from another base than the maximum is only scaled. A base that follows is at most kSlack
+// below the maximum: as long as no row has grown by more, the sums of the output stay as they are.
 template <int kRowTiles>
 struct SoftmaxRows {
-  static constexpr float kSlack = 8.0f;       // of log2: probabilities are at most 256
-  static constexpr float kLowest = -3.4e38f;  // no key seen: −inf, but −inf less this is not NaN
-  float base[kRowTiles][2];                   // in units of log2
-  float sum[kRowTiles][2];                    // this lane's part of Σ exp2(score − base)
-  float top[kRowTiles][2];                    // the largest raw score of the slice to come
+  static constexpr float kSlack = 8.0f;        // of log2: probabilities are at most 256
+  static constexpr float kLowest = -3.4e38f;   // no key seen: −inf, but −inf less this is not NaN
+  static constexpr float kHighest = 0x1p100f;  // of a sum
+  float base[kRowTiles][2];                    // in units of log2
+  float sum[kRowTiles][2];                     // this lane's part of Σ exp2(score − base)
+  float top[kRowTiles][2];                     // the largest raw score of the slice to come
 
   LDM_DEVICE void clear() {
     LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
@@ -87,6 +88,20 @@ struct SoftmaxRows {
       }
     }
     LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) top[r][0] = top[r][1] = -INFINITY;
+  }
+  // Whether a row grew so far above its base that a sum, or `out`, may not be what it should.
+  template <int kOutTiles>
+  LDM_DEVICE bool is_lost(const float (&out)[kRowTiles][kOutTiles][4]) const {
+    float nothing[8] = {};  // NaN where a sum is not finite; eight, which wait less for each other
+    bool lost = false;
+    LDM_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+      LDM_UNROLL for (int half = 0; half < 2; ++half) lost |= !(sum[r][half] < kHighest);
+      LDM_UNROLL for (int n = 0; n < kOutTiles; ++n) {
+        LDM_UNROLL for (int e = 0; e < 4; ++e) nothing[n % 2 * 4 + e] += out[r][n][e] * 0.0f;
+      }
+    }
+    LDM_UNROLL for (int i = 1; i < 8; ++i) nothing[0] += nothing[i];
+    return lost || nothing[0] != 0.0f;
   }
   // A share of the slice becomes exp2(s · scale − base).
   template <int kKeyTiles>

@@ -77,6 +77,7 @@ class Case:
     layout: str = "BHND"
     processors: int = MANY
     repeatable: bool = False
+    growth: float = 1.0  # of the keys, from the first to the last
 
     def __str__(self) -> str:
         named = {field.name: field.default for field in fields(self)}
@@ -215,6 +216,7 @@ def run_forward(library: ctypes.CDLL, case: Case) -> Forward:
     torch.manual_seed(0)
     q = case.random(case.heads, case.q_len)
     k = case.random(case.kv_heads, case.k_len, channel_bias=2.0)
+    k *= torch.linspace(1.0, case.growth, case.k_len)[:, None]
     v = case.random(case.kv_heads, case.k_len)
     out, mask = case.empty(case.heads, case.q_len), case.make_mask()
     lse = torch.full((case.batch, case.heads, case.q_len), torch.nan)
@@ -308,6 +310,11 @@ FORWARD = [
     Case(33, 300, 40, layout="BNHD", batch=2),
     Case(150, 90, 64, is_causal=True, processors=FEW),
     Case(90, 150, 64, BF16, is_causal=True, heads=2, kv_heads=1),
+    # wide tiles keep the first slice's maximum, and start again where a row grows out of float32
+    Case(130, 170, 64, BF16, processors=FEW),
+    Case(130, 170, 64, BF16, processors=FEW, growth=8.0),
+    Case(130, 170, 64, BF16, processors=FEW, growth=200.0),
+    Case(300, 170, 160, BF16, processors=FEW, is_causal=True, growth=200.0),
     Case(40, 90, 64, mask="bool"),
     Case(40, 90, 64, BF16, mask="float", batch=2, heads=2),
     Case(40, 90, 40, mask="element", is_causal=True),

@@ -17,6 +17,11 @@ double queries_an_sm(const FlashParams& p) {
   return static_cast<double>(passed * K::Tiles::kBlockQ) / splits;
 }
 
+template <class K>
+int warps_an_sm() {
+  return Waves<K>().resident * K::Tiles::kThreads / kWarp;
+}
+
 template <int kHeadDim, class Wide, class Narrow>
 bool prefers_narrow(const FlashParams& p) {
   return p.q_len <= Narrow::Tiles::kBlockQ ||
@@ -48,6 +53,12 @@ auto with_kernel(const FlashParams& p, F&& f) {
     }
     if constexpr (kHasWideFwd<kHeadDim>) {
       using Wide = FwdKernel<T, FwdTiles<kHeadDim, Shape::kWide>, false>;
+      if constexpr (kHasLongFwd<kHeadDim>) {
+        using Long = FwdKernel<T, FwdTiles<kHeadDim, Shape::kLong>, false>;
+        if (warps_an_sm<Long>() >= warps_an_sm<Wide>()) {
+          return prefers_narrow<kHeadDim, Long, Narrow>(p) ? f(Narrow()) : f(Long());
+        }
+      }
       if (!prefers_narrow<kHeadDim, Wide, Narrow>(p)) return f(Wide());
     }
     return f(Narrow());

@@ -1,10 +1,15 @@
 // Attention forward: out = softmax(scale · q kᵀ + mask) v, and the log of the softmax's sum.
 // A block computes one tile of queries of one head. The keys pass in slices, and each unit works
-// under the products of another: the exponentials of a slice under q kᵀ of the next, the next one's
-// maxima under this one's p v. So the keys of a slice are needed one slice before its values, and a
-// stage of the pipeline holds values from a key on and keys from one slice later on. Where p.splits
-// blocks share out the keys, each leaves a float32 output and LSE in p.partial (flash_combine.cu).
+// under the products of another: the exponentials of a slice under q kᵀ of the next. So the keys of
+// a slice are needed one slice before its values, and a stage of the pipeline holds values from a
+// key on and keys from one slice later on. Where p.splits blocks share out the keys, each leaves a
+// float32 output and LSE in p.partial (flash_combine.cu).
+//   steady:     weights are measured from the maximum of the first slice, for bfloat16 holds what
+//               is far above it. Where sums leave float32 that way, the block starts again:
+//   following:  from a maximum that follows, each slice's taken under p v of the one before.
 #pragma once
+#include <type_traits>
+
 #include "../dropout.cuh"
 #include "../mask.cuh"
 #include "../softmax.cuh"
@@ -116,9 +121,13 @@ LDM_DEVICE void store_partial(const float (&out)[kRowTiles][kOutTiles][4], float
 template <class C>
 using Scores = float[C::kRowTiles][C::kSlice / 8][4];
 
+// Whether weights are measured from the maximum of the first slice, as long as that serves.
 template <typename T, class C, bool kGeneral>
-LDM_KERNEL(C::kThreads, kGeneral ? 1 : C::kResident)
-flash_fwd_kernel(LDM_PARAMS p) {
+constexpr bool kSteady = C::kSteady && !kGeneral && std::is_same<T, BFloat16>::value;
+
+// Computes a block's tile of queries; false, and nothing is written, where it must start again.
+template <typename T, class C, bool kGeneral>
+LDM_DEVICE bool attend_block(const FlashParams& p, bool follow) {
   constexpr int kWarpRows = C::kRowTiles * 16;
   const int q_tiles = ceil_div(p.q_len, C::kBlockQ);
   const int splits = C::kSplit ? p.splits : 1;
@@ -146,8 +155,8 @@ flash_fwd_kernel(LDM_PARAMS p) {
                                      p.head_dim);
   stages.start_first_keys();
   copy_commit();
-  LDM_UNROLL for (int stage = 0; stage < C::kStages - 1; ++stage)
-      start(keys.begin / C::kBlockK + stage);
+  const int first_stage = keys.begin / C::kBlockK;
+  LDM_UNROLL for (int stage = 0; stage < C::kStages - 1; ++stage) start(first_stage + stage);
   copy_wait<C::kStages - 1>();
   sync_block();
   RowOperand<C::kPadded, C::kRowTiles, kGeneral ? C::kGeneralKept : C::kKept> query;
@@ -159,20 +168,26 @@ flash_fwd_kernel(LDM_PARAMS p) {
     if constexpr (kGeneral) scale_and_mask<T, false>(s, p, batch, head, row, key);
     if (!LDM_LIKELY(key + C::kSlice <= key_limit(p, row))) hide_unseen_keys<false>(s, p, row, key);
   };
+  constexpr bool kKeepsBase = kSteady<T, C, kGeneral>;
   float out[C::kRowTiles][C::kHeadDim / 8][4] = {};
   SoftmaxRows<C::kRowTiles> softmax;
   softmax.clear();
   Scores<C> slices[2] = {};
   multiply_rows<C::kSteps>(T(), slices[0], query, stages.first_keys(), 0);
   hide(slices[0], stages.key_begin);
-  softmax.look(slices[0], 0, 1);
-  LDM_ROLLED for (int stage = keys.begin / C::kBlockK; stage * C::kBlockK < keys.end; ++stage) {
+  if (!kKeepsBase) softmax.look(slices[0], 0, 1);
+  LDM_ROLLED for (int stage = first_stage; stage * C::kBlockK < keys.end; ++stage) {
     await_step<C::kStages>(stage, start);
     LDM_UNROLL for (int i = 0; i < C::kSlices; ++i) {
       const int key = stage * C::kBlockK + i * C::kSlice;
       if (key >= key_end) break;
       Scores<C>&now = slices[i % 2], &next = slices[(i + 1) % 2];
-      softmax.rebase(out, scale);
+      if constexpr (!kKeepsBase) {
+        softmax.rebase(out, scale);
+      } else if (!LDM_LIKELY(!follow && (i > 0 || stage > first_stage))) {
+        softmax.look(now, 0, 1);
+        softmax.rebase(out, scale);
+      }
       if (key + C::kSlice < key_end) {
         fill(next, 0.0f);
         multiply_rows<C::kSteps>(
@@ -189,8 +204,9 @@ flash_fwd_kernel(LDM_PARAMS p) {
           });
         }
       }
-      accumulate(T(), out, now, stages.values(stage), i * C::kSlice, 0,
-                 [&](int part, int parts) { softmax.look(next, part, parts); });
+      accumulate(T(), out, now, stages.values(stage), i * C::kSlice, 0, [&](int part, int parts) {
+        if (!kKeepsBase) softmax.look(next, part, parts);
+      });
       if constexpr (C::kSlices == 1) {
         LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
           LDM_UNROLL for (int n = 0; n < C::kSlice / 8; ++n) {
@@ -201,13 +217,17 @@ flash_fwd_kernel(LDM_PARAMS p) {
     }
   }
   copy_wait<0>();
-  sync_block();
+  if constexpr (kKeepsBase) {
+    if (any_thread(!follow && softmax.is_lost(out))) return false;
+  } else {
+    sync_block();
+  }
   softmax.reduce_sums();
   if (splits > 1) {
     finish_rows(out, softmax, partial_lse(p, split, head_index), 1.0f - p.dropout_p, row, p.q_len);
     store_partial(out, partial_out(p, split, head_index), row, p.q_len, partial_width(p),
                   [](int n) { return n * 8; });
-    return;
+    return true;
   }
   float* lse = p.lse + static_cast<int64_t>(head_index) * p.q_len;
   finish_rows(out, softmax, lse, 1.0f - p.dropout_p, row, p.q_len);
@@ -215,6 +235,14 @@ flash_fwd_kernel(LDM_PARAMS p) {
   sync_block();
   store_tile<C::kBlockQ, C::kThreads>(rows_of(p.o, batch, head), q_tile, q_begin, p.q_len,
                                       p.head_dim);
+  return true;
+}
+
+template <typename T, class C, bool kGeneral>
+LDM_KERNEL(C::kThreads, kGeneral ? 1 : C::kResident)
+flash_fwd_kernel(LDM_PARAMS p) {
+  bool follow = false;
+  while (!attend_block<T, C, kGeneral>(p, follow)) follow = true;
 }
 
 }  // namespace ldm

@@ -28,8 +28,14 @@ LDM_DEVICE uint32_t shared_base() {
 LDM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 // The same in every lane, and known to be.
 LDM_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, thread_index() / kWarp, 0); }
-LDM_DEVICE int64_t block_index() { return blockIdx.x; }
+LDM_DEVICE int64_t block_index() {
+  uint32_t index;  // volatile: read anew by a block that starts again, not kept in a register
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
 LDM_DEVICE void sync_block() { __syncthreads(); }
+// The same, and whether x is true in any thread.
+LDM_DEVICE bool any_thread(bool x) { return __syncthreads_or(x); }
 
 // ---- arithmetic
 

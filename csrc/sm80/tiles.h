@@ -32,6 +32,12 @@ constexpr FwdRow kFwdWide[] = {
     {96, 4, 2, 32, 2, 2, false},  {112, 4, 2, 16, 2, 2, false}, {128, 4, 2, 32, 2, 2, false},
     {160, 4, 2, 16, 2, 2, false}, {192, 4, 1, 16, 2, 2, true},
 };
+// In place of wide ones where a multiprocessor holds as many of their warps: a longer stage has
+// fewer barriers a key, more warps have fewer copies a query.
+constexpr FwdRow kFwdLong[] = {
+    {64, 4, 2, 32, 4, 2, true},
+    {160, 8, 2, 16, 2, 2, false},
+};
 // Where 64 queries a block share out better: few queries, a small grid, a last wave almost empty.
 constexpr FwdRow kFwdNarrow[] = {
     {16, 4, 1, 32, 2, 3, true},  {32, 4, 1, 64, 2, 2, true},  {40, 4, 1, 48, 2, 2, true},
@@ -143,14 +149,14 @@ constexpr BwdRow kBwdNarrow[] = {
 // One block computes dk and dv of its keys and adds to dq: long sequences, wherever the order of
 // these sums is free. None where the tiles above, which compute the scores twice, are faster.
 constexpr BwdRow kBwdJoint[] = {
-    {40, 2, {2, false, 64, 32, 1}, {}, 4, 4, 1, true},
-    {48, 2, {2, false, 64, 32, 1}, {}, 4, 4, 1, true},
+    {40, 2, {2, true, 64, 32, 1}, {}, 4, 4},
+    {48, 2, {2, true, 64, 32, 1}, {}, 4, 4},
     {64, 2, {2, false, 64, 32, 1}, {}, 4, 2, 1, true},
-    {80, 2, {2, false, 64, 16, 1}, {}, 4, 4},
-    {96, 1, {2, false, 64, 32, 1}, {}, 4, 2, 2},
+    {80, 2, {2, false, 64, 32, 1}, {}, 4, 4},
+    {96, 2, {2, false, 64, 32, 1}, {}, 8, 2, 2},
     {112, 2, {1, false, 32, 32, 1}, {}, 4, 2, 1, true},
-    {128, 1, {2, false, 64, 32, 1}, {}, 4, 2, 2},
-    {160, 2, {1, false, 32, 32, 1}, {}, 4, 2, 1, true},
+    {128, 2, {2, false, 64, 32, 1}, {}, 8, 2, 2},
+    {160, 2, {2, false, 32, 16, 1}, {}, 4, 2, 2},
 };
 
 // Up to this many keys, narrow tiles.
@@ -182,11 +188,13 @@ constexpr Row row_for(const Row (&table)[kRows], int head_dim) {
 }
 
 // kGeneral: narrow, for masks and dropout, which take registers of their own.
-enum class Shape { kWide, kNarrow, kFew, kGeneral, kJoint, kOneWarp };
+enum class Shape { kWide, kNarrow, kFew, kGeneral, kJoint, kOneWarp, kLong };
 
 template <int kDim, Shape kShape>
 struct FwdTiles {
+  static constexpr bool kWide = kShape == Shape::kWide || kShape == Shape::kLong;
   static constexpr FwdRow kRow = kShape == Shape::kWide      ? row_for(kFwdWide, kDim)
+                                 : kShape == Shape::kLong    ? row_for(kFwdLong, kDim)
                                  : kShape == Shape::kNarrow  ? row_for(kFwdNarrow, kDim)
                                  : kShape == Shape::kOneWarp ? row_for(kFwdOneWarp, kDim)
                                                              : row_for(kFwdFew, kDim);
@@ -202,14 +210,15 @@ struct FwdTiles {
   static constexpr int kStages = kRow.stages;
   static constexpr bool kKept = kRow.kept;
   // without registers to spare, no splits, and no queries in them beside masks and dropout
-  static constexpr bool kSplit =
-      kShape == Shape::kNarrow || (kShape == Shape::kWide && kPadded < 160);
+  static constexpr bool kSplit = kShape == Shape::kNarrow || (kWide && kPadded < 96);
   static constexpr bool kGeneralKept = kKept && kPadded < 192;
+  // short sequences would wait for the first maximum and the last check, narrow tiles lack
+  // registers
+  static constexpr bool kSteady = kWide;
   // four blocks an SM of sm_90, which the compiler misses by 8 registers a thread
   static constexpr int kResident = kShape == Shape::kNarrow && kDim == 64 ? 4 : 1;
   static constexpr int kSharedBytes = (kBlockQ + kSlice + 2 * kStages * kBlockK) * kPadded * 2;
-  static_assert(kRow.head_dim == kDim &&
-                    kSharedBytes <= (kShape == Shape::kWide ? kShared163 : kShared99),
+  static_assert(kRow.head_dim == kDim && kSharedBytes <= (kWide ? kShared163 : kShared99),
                 "no row, or too large a one");
 };
 // Up to this many keys, a head dim's tiles for few, if it has any.
@@ -219,9 +228,11 @@ constexpr bool kHasFewFwd = row_for(kFwdFew, kDim).head_dim == kDim;
 constexpr int kOneWarpQueries = 32;
 template <int kDim>
 constexpr bool kHasOneWarpFwd = row_for(kFwdOneWarp, kDim).head_dim == kDim;
-// Whether a head dim has wide tiles of its own.
+// Whether a head dim has wide tiles of its own, and long ones.
 template <int kDim>
 constexpr bool kHasWideFwd = row_for(kFwdWide, kDim).head_dim == kDim;
+template <int kDim>
+constexpr bool kHasLongFwd = row_for(kFwdLong, kDim).head_dim == kDim;
 
 template <int kDim, Shape kShape>
 struct BwdTiles {

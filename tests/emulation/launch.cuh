@@ -1,5 +1,7 @@
 // csrc/launch.cuh on the CPU: the blocks of a launch, one after the other.
 #pragma once
+#include <algorithm>
+
 #include "../../csrc/params.h"
 #include "machine.h"
 
@@ -15,8 +17,8 @@ inline DeviceLimits& device_limits() {
 }
 
 template <auto kKernel>
-int resident_blocks(int, int) {
-  return 2;
+int resident_blocks(int, int shared_bytes) {
+  return std::min(2, device_limits().shared_bytes / shared_bytes);
 }
 
 template <auto kKernel>

@@ -13,6 +13,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -73,13 +74,16 @@ class Machine {
     }
   }
 
-  void barrier() {
+  // Returns whether x is true in any thread.
+  bool barrier(bool x = false) {
     const int target = ++thread().epoch;
+    if (x) votes_.insert(target);
     if (++at_barrier_ == static_cast<int>(threads_.size())) {
       at_barrier_ = 0;
       barriers_ = target;
     }
     wait_until([&] { return barriers_ >= target; });
+    return votes_.count(target) > 0;
   }
 
   // Every lane calls with its `in`; `compute(ins, outs)` runs once, over all 32.
@@ -212,6 +216,7 @@ class Machine {
     warps_ = std::vector<Warp>(threads / kLanes);
     threads_.resize(threads);
     at_barrier_ = barriers_ = 0;
+    votes_.clear();
     for (auto& thread : threads_) {
       if (!thread) thread = std::make_unique<Thread>();
       thread->done = false;
@@ -245,6 +250,7 @@ class Machine {
   std::vector<Warp> warps_;
   std::vector<Word> words_;
   int current_ = 0, at_barrier_ = 0, barriers_ = 0;
+  std::set<int> votes_;  // the barriers at which a thread called something true
   bool progress_ = false;
 };
 

@@ -26,6 +26,7 @@ inline int thread_index() { return machine().thread_index(); }
 inline int warp_index() { return thread_index() / kWarp; }
 inline int64_t block_index() { return machine().block; }
 inline void sync_block() { machine().barrier(); }
+inline bool any_thread(bool x) { return machine().barrier(x); }
 
 // ---- arithmetic
 
