@@ -153,6 +153,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "attention_speed": attention_speed,
     "kept_activations": kept_activations,
     "native_speed": native_speed,
+    "native_speed_fp16": native_speed,
     "unet_step": unet_step,
     **training_tables.TABLES,
 }
@@ -162,6 +163,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
 SOURCES = {
     "attention_gains": "attention_speed",
     "native_speed": "attention_speed",
+    "native_speed_fp16": "attention_speed_fp16",
     **training_tables.SOURCES,
 }
 
