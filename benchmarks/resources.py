@@ -10,6 +10,7 @@ launched is compiled by Triton for each target, and `cuobjdump` reads the machin
 import argparse
 import contextlib
 import csv
+import importlib.util
 import re
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+
+if not importlib.util.find_spec("triton"):
+    sys.exit("python -m benchmarks.resources needs Triton, which torch brings for Linux")
 import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget

@@ -224,6 +224,17 @@ DATASETS: dict[str, DatasetRow] = {
 }
 
 
+def row_of(config: DataConfig) -> DatasetRow:
+    """Return the row that config names; OptionError for an unknown one, or for its path."""
+    row = DATASETS.get(config.name)
+    if row is None:
+        raise OptionError(f"data: expected one of {', '.join(DATASETS)}, got {config.name!r}")
+    if row.needs_path != (config.path is not None):
+        needs = "needs the path of its CSV file" if row.needs_path else "is built in, takes no path"
+        raise OptionError(f"data {config.name!r} {needs}, got path={config.path!r}")
+    return row
+
+
 def load_series(config: DataConfig) -> Series:
     """Read the table that config names and check every value of it.
 
@@ -231,12 +242,7 @@ def load_series(config: DataConfig) -> Series:
     for a missing, non-numeric or infinite value, and for a missing, unreadable, repeated or
     unsorted timestamp. Lines count as in an editor: the header is line 1.
     """
-    row = DATASETS.get(config.name)
-    if row is None:
-        raise OptionError(f"data: expected one of {', '.join(DATASETS)}, got {config.name!r}")
-    if row.needs_path != (config.path is not None):
-        needs = "needs the path of its CSV file" if row.needs_path else "is built in, takes no path"
-        raise OptionError(f"data {config.name!r} {needs}, got path={config.path!r}")
+    row = row_of(config)
     table, source = row.load(config.path or "")
     timestamp, columns, targets = _chosen_columns(config, row, table, source)
     history, horizons, period = _chosen_window(config, row)

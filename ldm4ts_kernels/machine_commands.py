@@ -192,16 +192,14 @@ def recommend_command(
     if as_json:
         out.print_json(json.dumps(asdict(found)))
         return
-    table = Table(
-        "attention", "precision", "checkpointing", "optimizer", "weights", "largest batch", "costs"
-    )
+    table = Table("attention", "precision", "GC", "optimizer", "weights", "batch", "costs")
     for option in found.considered:
-        checkpointing = "yes" if option.gradient_checkpointing else "no"
+        recomputed = "yes" if option.gradient_checkpointing else "no"  # gradient checkpointing
         largest = str(option.largest_batch or "none fits")
         table.add_row(
             option.attention_backend,
             option.precision,
-            checkpointing,
+            recomputed,
             option.optimizer + (", in backward" if option.optimizer_in_backward else ""),
             option.weights,
             largest,

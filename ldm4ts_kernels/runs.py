@@ -21,7 +21,7 @@ from ldm4ts_kernels.checkpoints import (
     find_checkpoints,
     write_text_whole,
 )
-from ldm4ts_kernels.data import DataConfig, OptionError, Scaler
+from ldm4ts_kernels.data import DataConfig, OptionError, Scaler, row_of
 from ldm4ts_kernels.exclusions import BUDGET, exclusions
 from ldm4ts_kernels.optimizers import OPTIMIZERS, missing_8bit
 from ldm4ts_kernels.run_lock import LOCK
@@ -193,6 +193,7 @@ def plan(given: dict[str, Any]) -> TrainConfig:
     if chosen.get("precision", "auto") == "auto":
         chosen["precision"] = "bf16" if bf16 else "fp32"
     config = _config_from_json({**chosen, "device": device, "data": data})
+    row_of(config.data)
     return _fit(config, given) if given.get("vram_gb") is not None else config
 
 

@@ -250,6 +250,12 @@ def recommend(
     if not vram_gb > 0:
         raise ValueError(f"vram_gb must be more than 0, got {vram_gb!r}")
     _check_count("batch_size", batch_size, LARGEST_BATCH)
+    least = (CUDA_CONTEXT + WORKSPACES) / GIB / (1 - GRAPH_RESERVE)
+    if vram_gb < least:  # no trace is needed to say so
+        raise ValueError(
+            f"vram_gb must be at least {least:.2f} for the CUDA context and workspaces alone, "
+            f"got {vram_gb}"
+        )
     config = _config(preset, image_size, precision or "fp32", "model", config_fields)
     offered = LEAN_LEVERS if lean else LEVERS
     levers = [lever for lever in offered if precision in (None, lever.precision)]

@@ -190,7 +190,7 @@ def test_the_precision_can_be_kept():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"vram_gb": 0.1}, "vram_gb must be at least .* for one window"),
+        ({"vram_gb": 0.1}, "vram_gb must be at least 0.99 for the CUDA context"),
         ({"vram_gb": 0}, "vram_gb must be more than 0, got 0"),
         ({"vram_gb": 8, "batch_size": 65}, "batch_size must be an integer from 1 to 64, got 65"),
         ({"vram_gb": 8, "precision": "int8"}, "precision must be one of"),
