@@ -248,7 +248,7 @@ def main() -> None:
     for capability in [(int(name[:-1]), int(name[-1])) for name in options.capability]:
         for head_dim in options.head_dim:
             # Hopper has rows of its own for lengths between
-            lengths = (77, 196, 784, 4096) if capability == (9, 0) else (77, 4096)
+            lengths = (77, 196, 784, 16384, 4096) if capability == (9, 0) else (77, 4096)
             problems = [problem_of(head_dim, key_length) for key_length in lengths]
             problems += [problems[-1]._replace(mask=2)]
             if head_dim <= 256:  # float32 goes no further
