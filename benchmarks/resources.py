@@ -41,6 +41,9 @@ from ldm4ts_kernels.kernels.problem import Problem
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
 HEAD_DIMS = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256, 512)
 SHARED_LIMIT_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
+# Triton writes the same PTX for both, but for the target's name (tests/test_tuning.py).
+SAME_PTX = {(8, 9): (8, 6)}
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 MODULES = (flash_forward, row_terms, flash_backward, quantize, int8_backward)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TYPES = {
@@ -182,14 +185,32 @@ def compile_launch(
     return triton.compile(source_of(kernel, args, kwargs), target=target, options=options)
 
 
-def read_resources(compiled: Any) -> tuple[int, int]:
+def retarget(ptx: str, capability: tuple[int, int]) -> str:
+    """Return PTX with another target's name."""
+    return re.sub(r"\.target sm_\d+", ".target sm_{}{}".format(*capability), ptx)
+
+
+def _machine_code(compiled: Any, capability: tuple[int, int]) -> bytes:
+    if capability not in SAME_PTX:
+        return bytes(compiled.asm["cubin"])
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(retarget(compiled.asm["ptx"], capability))
+        target = "-arch=sm_{}{}".format(*capability)
+        subprocess.run([TOOLS / "ptxas", target, ptx, "-o", cubin], check=True)
+        return cubin.read_bytes()
+
+
+def read_resources(machine_code: bytes) -> tuple[int, int]:
     """Return registers and spilled bytes a thread, read from the machine code."""
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(machine_code)
         cubin.flush()
         report = subprocess.run(
-            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+            [TOOLS / "cuobjdump", "-res-usage", cubin.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     registers = int(re.search(r"REG:(\d+)", report)[1])
     return registers, int(re.search(r"STACK:(\d+)", report)[1])
@@ -202,8 +223,9 @@ def measure(problem: Problem, capability: tuple[int, int]) -> Iterator[Resources
     if problem.dtype.itemsize == 2 and problem.head_dim <= 256:
         launches += record_launches(launch_int8, problem)
     for kernel, args, kwargs in launches:
-        compiled = compile_launch(kernel, args, kwargs, capability)
-        registers, spilled = read_resources(compiled)
+        written = SAME_PTX.get(capability, capability)
+        compiled = compile_launch(kernel, args, kwargs, written)
+        registers, spilled = read_resources(_machine_code(compiled, capability))
         yield Resources(
             kernel=kernel.__name__.strip("_"),
             capability=f"sm_{capability[0]}{capability[1]}",

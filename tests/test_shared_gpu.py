@@ -19,7 +19,7 @@ while True:
         x @ x
     torch.cuda.synchronize()
 """
-REPEATS = 25
+REPEATS = 10
 BACKENDS = ("native", "native_int8", "triton", "triton_int8")
 CASES = [
     (backend, head_dim, grads)

@@ -81,3 +81,23 @@ def test_kernels_compile_for_a_gpu_that_is_not_here_within_its_shared_memory(
     rows = list(csv.DictReader(table.open()))
     assert {row["kernel"] for row in rows} >= {"flash_fwd_kernel", "flash_dkdv_kernel"}
     assert all(float(row["shared_kib"]) <= float(row["shared_limit_kib"]) for row in rows)
+
+
+PTX = """
+from benchmarks.resources import compile_launch, launch_exact, problem_of, record_launches, retarget
+for capability in ((8, 6), (8, 9)):
+    problem = problem_of(64, 4096)._replace(capability=capability)
+    launches = list(record_launches(launch_exact, problem))
+    print(*(retarget(compile_launch(*it, capability).asm["ptx"], (8, 9)) for it in launches))
+    print("====")
+"""
+
+
+def test_triton_writes_the_same_code_for_an_ada_gpu_as_for_a_small_ampere():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", PTX]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    ampere, ada, _ = (text.strip() for text in result.stdout.split("===="))
+    assert "mma.sync" in ampere
+    assert ampere == ada
