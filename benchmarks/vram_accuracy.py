@@ -144,7 +144,7 @@ def estimate(case: Case) -> dict[str, float]:
     from ldm4ts_kernels.model.config import resolve_config
     from ldm4ts_kernels.model.recompute import autoencoder_parts
     from ldm4ts_kernels.model_memory import Step, memory_law
-    from ldm4ts_kernels.vram import CUDA_CONTEXT, RESERVE, WORKSPACES
+    from ldm4ts_kernels.vram import CUDA_CONTEXT, RESERVE, workspaces
 
     size, parts = (case.px, case.px), 1
     if case.part == "autoencoder":
@@ -160,8 +160,10 @@ def estimate(case: Case) -> dict[str, float]:
         optimizer_in_backward=case.in_backward,
         accumulating=parts > 1,
     )
-    allocated = memory_law(step).peak(case.batch_size // parts).total + WORKSPACES
-    in_all = allocated * (1 + RESERVE) + CUDA_CONTEXT
+    tensors = memory_law(step).peak(case.batch_size // parts).total
+    rest = (case.batch_size, case.gradient_checkpointing, case.precision)
+    allocated = tensors + workspaces(step.config, case.part, *rest)
+    in_all = allocated + RESERVE[case.part] * tensors + CUDA_CONTEXT
     return {"estimate_mib": round(allocated / 2**20, 1), "in_all_mib": round(in_all / 2**20, 1)}
 
 

@@ -18,15 +18,16 @@ CHECKPOINTING = (False, True, "none", "full", "selective")
 PARTS = {"model": ("autoencoder", "forecaster"), "unet": ("unet",)}
 LARGEST_BATCH = 64  # of a recommendation: larger steps are another training, not a saving
 
-# NVIDIA H200, torch 2.11, CUDA 13.0, 2026-11-23, python -m benchmarks.vram_accuracy --measure:
-# medians over 80 configurations. Other GPUs and versions differ.
-WORKSPACES = 103 * MIB  # allocated beyond the traced tensors: cuBLAS' workspaces and the like
-# Of the above, reserved by the caching allocator and not used. It is more than an estimate was too
-# small at most (4.7 % on an H100, 2026-11-27), so that what is recommended fits even then.
-RESERVE = 0.05
+# NVIDIA H100, torch 2.11, CUDA 13.0, 2026-11-27, python -m benchmarks.vram_accuracy --measure: what
+# brings most of 82 configurations closest. Other GPUs and versions differ.
+WORKSPACES = 80 * MIB  # allocated beyond the traced tensors: cuBLAS' workspaces and the like
+DECODING = {"fp32": 230, "bf16": 190}  # and by cuDNN, a pixel of the images decoded together
+# Of the tensors, reserved by the caching allocator and not used. It is more than an estimate was
+# too small at most (3.8 %), so that what is recommended fits even then.
+RESERVE = {"autoencoder": 0.2, "forecaster": 0.05, "unet": 0.05}
 # Of a budget, what is left free: what the pool of a CUDA graph holds beyond the tensors, 10 to 14 %
-# of them on the same machine, of which RESERVE is a part.
-GRAPH_RESERVE = 0.09
+# of them on an H200, of which RESERVE is a part.
+GRAPH_RESERVE = 0.08
 CUDA_CONTEXT = 815 * MIB  # outside the allocator: the driver's context and the loaded kernels
 
 
@@ -132,10 +133,37 @@ class _Run(NamedTuple):
 
     def table(self, batch_size: int) -> dict[str, int]:
         """Return the bytes at the peak of the stage that takes most, by category."""
-        peak = max(self.stages(batch_size).values(), key=lambda peak: peak.total)
-        table = {**peak.categories, "workspaces": WORKSPACES}
-        table["allocator"] = round(RESERVE * sum(table.values()))
-        return {**table, "cuda_context": CUDA_CONTEXT}
+        return self.largest_stage(batch_size)[1]
+
+    def largest_stage(self, batch_size: int) -> tuple[str, dict[str, int]]:
+        """Return the stage that takes most in all, and the bytes at its peak, by category."""
+        tables = {}
+        for name, peak in self.stages(batch_size).items():
+            table = {**peak.categories, "workspaces": self._workspaces(name, batch_size)}
+            table["allocator"] = round(RESERVE[name] * peak.total)
+            tables[name] = {**table, "cuda_context": CUDA_CONTEXT}
+        return max(tables.items(), key=lambda item: sum(item[1].values()))
+
+    def _workspaces(self, stage: str, batch_size: int) -> int:
+        return workspaces(
+            self.config, stage, batch_size, self.gradient_checkpointing, self.precision
+        )
+
+
+def workspaces(
+    config: Any, stage: str, batch_size: int, gradient_checkpointing: bool | str, precision: str
+) -> int:
+    """Return the bytes that libraries take beside the tensors of a step of one of PARTS' stages."""
+    from ldm4ts_kernels.model.recompute import DECODED_PIXELS, images_within
+
+    if stage != "forecaster":  # the others decode nothing, or train what decodes
+        return WORKSPACES
+    height, width = config.image_size
+    images = batch_size
+    if gradient_checkpointing in (True, "full"):
+        fitting = images_within(DECODED_PIXELS, config.image_size)
+        images = min(images, fitting, config.decoded_at_once)
+    return WORKSPACES + images * height * width * DECODING[precision]
 
 
 def estimate_vram_usage(
@@ -201,11 +229,11 @@ def estimate_vram_usage(
         optimizer_in_backward,
         accumulate > 1,
     )
-    table, stages = run.table(batch_size // accumulate), run.stages(batch_size // accumulate)
+    largest, table = run.largest_stage(batch_size // accumulate)
+    stages = run.stages(batch_size // accumulate)
     total = sum(table.values())
     base = sum(table[name] for name in ("parameters", "gradients", "optimizer"))
     overhead = sum(table[name] for name in ("workspaces", "allocator", "cuda_context"))
-    largest = max(stages, key=lambda name: stages[name].total)
     return {
         "base_model_gb": base / GIB,
         "activation_memory_gb": (total - base - overhead) / GIB,
