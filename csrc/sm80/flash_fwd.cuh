@@ -121,10 +121,6 @@ LDM_DEVICE void store_partial(const float (&out)[kRowTiles][kOutTiles][4], float
 template <class C>
 using Scores = float[C::kRowTiles][C::kSlice / 8][4];
 
-// Whether weights are measured from the maximum of the first slice, as long as that serves.
-template <typename T, class C, bool kGeneral>
-constexpr bool kSteady = C::kSteady && !kGeneral && std::is_same<T, BFloat16>::value;
-
 // Computes a block's tile of queries; false, and nothing is written, where it must start again.
 template <typename T, class C, bool kGeneral>
 LDM_DEVICE bool attend_block(const FlashParams& p, bool follow) {
@@ -168,21 +164,21 @@ LDM_DEVICE bool attend_block(const FlashParams& p, bool follow) {
     if constexpr (kGeneral) scale_and_mask<T, false>(s, p, batch, head, row, key);
     if (!LDM_LIKELY(key + C::kSlice <= key_limit(p, row))) hide_unseen_keys<false>(s, p, row, key);
   };
-  constexpr bool kKeepsBase = kSteady<T, C, kGeneral>;
+  constexpr bool kSteady = C::kSteady && !kGeneral && std::is_same<T, BFloat16>::value;
   float out[C::kRowTiles][C::kHeadDim / 8][4] = {};
   SoftmaxRows<C::kRowTiles> softmax;
   softmax.clear();
   Scores<C> slices[2] = {};
   multiply_rows<C::kSteps>(T(), slices[0], query, stages.first_keys(), 0);
   hide(slices[0], stages.key_begin);
-  if (!kKeepsBase) softmax.look(slices[0], 0, 1);
+  if (!kSteady) softmax.look(slices[0], 0, 1);
   LDM_ROLLED for (int stage = first_stage; stage * C::kBlockK < keys.end; ++stage) {
     await_step<C::kStages>(stage, start);
     LDM_UNROLL for (int i = 0; i < C::kSlices; ++i) {
       const int key = stage * C::kBlockK + i * C::kSlice;
       if (key >= key_end) break;
       Scores<C>&now = slices[i % 2], &next = slices[(i + 1) % 2];
-      if constexpr (!kKeepsBase) {
+      if constexpr (!kSteady) {
         softmax.rebase(out, scale);
       } else if (!LDM_LIKELY(!follow && (i > 0 || stage > first_stage))) {
         softmax.look(now, 0, 1);
@@ -205,7 +201,7 @@ LDM_DEVICE bool attend_block(const FlashParams& p, bool follow) {
         }
       }
       accumulate(T(), out, now, stages.values(stage), i * C::kSlice, 0, [&](int part, int parts) {
-        if (!kKeepsBase) softmax.look(next, part, parts);
+        if (!kSteady) softmax.look(next, part, parts);
       });
       if constexpr (C::kSlices == 1) {
         LDM_UNROLL for (int r = 0; r < C::kRowTiles; ++r) {
@@ -217,7 +213,7 @@ LDM_DEVICE bool attend_block(const FlashParams& p, bool follow) {
     }
   }
   copy_wait<0>();
-  if constexpr (kKeepsBase) {
+  if constexpr (kSteady) {
     if (any_thread(!follow && softmax.is_lost(out))) return false;
   } else {
     sync_block();
