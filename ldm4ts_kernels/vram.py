@@ -154,15 +154,14 @@ def workspaces(
     config: Any, stage: str, batch_size: int, gradient_checkpointing: bool | str, precision: str
 ) -> int:
     """Return the bytes that libraries take beside the tensors of a step of one of PARTS' stages."""
-    from ldm4ts_kernels.model.recompute import DECODED_PIXELS, images_within
+    from ldm4ts_kernels.model.recompute import images_at_once
 
     if stage != "forecaster":  # the others decode nothing, or train what decodes
         return WORKSPACES
     height, width = config.image_size
     images = batch_size
     if gradient_checkpointing in (True, "full"):
-        fitting = images_within(DECODED_PIXELS, config.image_size)
-        images = min(images, fitting, config.decoded_at_once)
+        images = min(images, images_at_once(config.image_size, config.decoded_at_once))
     return WORKSPACES + images * height * width * DECODING[precision]
 
 

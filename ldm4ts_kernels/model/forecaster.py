@@ -32,6 +32,7 @@ from ldm4ts_kernels.model.denoiser import (
 from ldm4ts_kernels.model.pretrained import load_weights, read_config, write_checkpoint
 from ldm4ts_kernels.model.recompute import (
     DECODED_PIXELS,
+    images_at_once,
     images_within,
     recompute,
     recompute_activations,
@@ -383,8 +384,10 @@ class LDM4TSModel(nn.Module):
 
     def images_at_once(self, training: bool) -> int:
         """Return how many images are decoded together, in a step that recomputes or a forecast."""
-        fitting = images_within(DECODED_PIXELS, self.config.image_size)
-        return min(fitting, self.config.decoded_at_once) if training else fitting
+        size = self.config.image_size
+        if training:
+            return images_at_once(size, self.config.decoded_at_once)
+        return images_within(DECODED_PIXELS, size)
 
     def _denoising_step(self) -> DenoisingStep:
         return self.graphed_denoiser or partial(self.noise_process.denoise, self.unet)

@@ -45,6 +45,11 @@ def images_within(pixels: int, image_size: tuple[int, int]) -> int:
     return max(1, pixels // (image_size[0] * image_size[1]))
 
 
+def images_at_once(image_size: tuple[int, int], decoded_at_once: int) -> int:
+    """Return how many images a step that recomputes decodes together."""
+    return min(images_within(DECODED_PIXELS, image_size), decoded_at_once)
+
+
 def autoencoder_parts(windows: int, image_size: tuple[int, int], mode: str | bool) -> int:
     """Return into how many parts stage 1 splits its step of so many windows in this mode."""
     if mode not in (True, "full"):
