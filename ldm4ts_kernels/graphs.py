@@ -34,12 +34,15 @@ class Recorder(Protocol):
 class CudaGraphs:
     """Records CUDA graphs that share one pool of memory, so that two take that of the larger.
 
-    What one graph gives out must be read before another one is replayed.
+    What one graph gives out must be read before another one is replayed. Captures are on the
+    current stream, or on one of their own where it is the default one, which cannot be captured.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        is_default = current == torch.cuda.default_stream(device)
+        self.stream = torch.cuda.Stream(device) if is_default else current
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], None]) -> None:

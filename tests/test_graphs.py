@@ -7,6 +7,7 @@ import torch
 from recorders import Rerun
 
 from ldm4ts_kernels.graphs import WARM_UP_CALLS, CaptureError, CudaGraphs, GraphedCall
+from ldm4ts_kernels.process import accelerator_of_one_run
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,17 @@ def test_a_graph_draws_the_random_numbers_of_plain_calls():
         return torch.stack([call({"x": torch.ones(64)})["y"].clone() for _ in range(8)])
 
     assert torch.equal(run(None), run(CudaGraphs(device)))
+
+
+@pytest.mark.gpu
+def test_a_run_has_one_stream_for_all_that_it_does():
+    default = torch.cuda.default_stream()
+    with accelerator_of_one_run("cuda", "fp32") as accelerator:
+        stream = torch.cuda.current_stream()
+        assert stream != default
+        assert CudaGraphs(accelerator.device).stream == stream
+    assert torch.cuda.current_stream() == default
+    assert CudaGraphs(torch.device("cuda")).stream != default
 
 
 @pytest.mark.gpu
