@@ -53,9 +53,9 @@ constexpr double kNarrowCost = kDim <= 48    ? 1.25
                                : kDim <= 96  ? 1.35
                                : kDim <= 128 ? 1.5
                                              : 1.15;
-// Few keys: slices that 77 fill.
+// Few keys: slices that 77 fill, and 16 queries a warp, for what is short waits, not for copies.
 constexpr FwdRow kFwdFew[] = {
-    {40, 4, 2, 16, 4, 2, true},
+    {40, 8, 1, 16, 4, 2, true},
 };
 
 // Up to 32 queries and few keys, such as the frames of a video: a block is one warp, so that no
