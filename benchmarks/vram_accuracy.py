@@ -142,14 +142,10 @@ def _optimizer(case: Case, model: Any) -> tuple[list[Any], torch.optim.Optimizer
 def estimate(case: Case) -> dict[str, float]:
     """Return the estimate of the same step: allocated, and in all with reserve and context."""
     from ldm4ts_kernels.model.config import resolve_config
-    from ldm4ts_kernels.model.recompute import autoencoder_parts
-    from ldm4ts_kernels.model_memory import Step, memory_law
-    from ldm4ts_kernels.vram import CUDA_CONTEXT, RESERVE, workspaces
+    from ldm4ts_kernels.vram import TrainingMemory
 
-    size, parts = (case.px, case.px), 1
-    if case.part == "autoencoder":
-        parts = autoencoder_parts(case.batch_size, size, case.gradient_checkpointing)
-    step = Step(
+    size = (case.px, case.px)
+    memory = TrainingMemory(
         config=resolve_config("guide", image_size=size, decoded_at_once=DECODED_AT_ONCE[case.px]),
         part=case.part,
         materialised=case.backend == "default",
@@ -158,12 +154,10 @@ def estimate(case: Case) -> dict[str, float]:
         weights=case.weights,
         optimizer=case.optimizer,
         optimizer_in_backward=case.in_backward,
-        accumulating=parts > 1,
     )
-    tensors = memory_law(step).peak(case.batch_size // parts).total
-    rest = (case.batch_size, case.gradient_checkpointing, case.precision)
-    allocated = tensors + workspaces(step.config, case.part, *rest)
-    in_all = allocated + RESERVE[case.part] * tensors + CUDA_CONTEXT
+    _, table = memory.stage(case.part, case.batch_size)
+    in_all = sum(table.values())
+    allocated = in_all - table["allocator"] - table["cuda_context"]
     return {"estimate_mib": round(allocated / 2**20, 1), "in_all_mib": round(in_all / 2**20, 1)}
 
 

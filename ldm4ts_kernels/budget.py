@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ldm4ts_kernels.vram import GIB, GRAPH_RESERVE, LARGEST_BATCH, Lever, largest_batch, run_with
+from ldm4ts_kernels.vram import GIB, LARGEST_BATCH, MARGIN, Lever, largest_batch, run_with
 
 MANY_PARTS = 4  # beyond it, a leaner set of levers is taken before a batch is split further
 
@@ -40,18 +40,18 @@ def choose_levers(
     if not vram_gb > 0:
         raise ValueError(f"vram_gb must be more than 0, got {vram_gb!r}")
     config = resolve_config(preset, **model_fields)
-    usable = vram_gb * (1 - GRAPH_RESERVE)
+    usable = vram_gb * (1 - MARGIN)
     tried: list[Lever] = []
     for lever in levers:
         run = run_with(lever, config)
-        if batch_size <= LARGEST_BATCH and largest_batch(run, usable, batch_size) == batch_size:
+        if batch_size <= LARGEST_BATCH and run.fits(batch_size, usable):
             total = sum(run.table(batch_size).values()) / GIB
             return _describe(_Candidate(lever, 1, total), tried, batch_size, vram_gb)
         tried.append(lever)
     split = [_split(lever, config, batch_size, usable) for lever in levers]
     fitting = [candidate for candidate in split if candidate is not None]
     if not fitting:
-        least = sum(run_with(levers[-1], config).table(1).values()) / GIB / (1 - GRAPH_RESERVE)
+        least = sum(run_with(levers[-1], config).table(1).values()) / GIB / (1 - MARGIN)
         raise ValueError(
             f"vram_gb must be at least {least:.2f} for one window of {config.image_size} a step "
             f"with every lever, got {vram_gb:g}"

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ldm4ts_kernels.caching_allocator import rounded
 from ldm4ts_kernels.optimizers import step_in_backward
+from ldm4ts_kernels.storages import Storages
 
 # Allocated in the forward pass; in the backward pass and the optimizer what is no gradient.
 CATEGORIES = ("parameters", "gradients", "optimizer", "inputs", "activations", "temporaries")
@@ -23,15 +25,15 @@ PHASES = ("forward", "backward", "optimizer")
 aten = torch.ops.aten
 CONVOLUTIONS = frozenset({aten.convolution.default, aten.convolution_backward.default})
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # elements; torchao keeps smaller tensors as they are
-ROUNDING = 512  # bytes; what the CUDA caching allocator rounds every tensor up to
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """What is live after each allocation of one step."""
+    """What is live after each allocation of one step, and what begins and ends in it."""
 
     phases: tuple[int, ...]  # E indices into PHASES
     live_bytes: tuple[tuple[int, ...], ...]  # E rows of len(CATEGORIES)
+    storages: Storages
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class MemoryLaw:
     phases: Tensor  # (E,)
     constant: Tensor  # (E, len(CATEGORIES)) float64, bytes
     slope: Tensor  # (E, len(CATEGORIES)) float64, bytes a window
+    storages: Storages  # with the sizes of one of the batches
+    size_constant: Tensor  # (M,) float64, bytes
+    size_slope: Tensor  # (M,) float64, bytes a window
 
     def peak(self, batch_size: int) -> Peak:
         """Return the peak of a step of batch_size windows."""
@@ -71,6 +76,14 @@ class MemoryLaw:
         }
         return Peak(dict(zip(CATEGORIES, at_peak, strict=True)), by_phase)
 
+    def reserved(
+        self, batch_size: int, kept: int = 0, passing: int = 0, *, graph: bool = False
+    ) -> int:
+        """Return the bytes that are reserved for such steps: see `Storages.reserved`."""
+        sizes = self.size_constant + self.size_slope * batch_size
+        storages = self.storages._replace(sizes=tuple(sizes.round().long().tolist()))
+        return storages.reserved(kept, passing, graph=graph)
+
 
 def fit_law(small: Timeline, small_batch: int, large: Timeline, large_batch: int) -> MemoryLaw:
     """Return the law through the timelines of two batch sizes.
@@ -82,9 +95,22 @@ def fit_law(small: Timeline, small_batch: int, large: Timeline, large_batch: int
             f"the steps of batch sizes {small_batch} and {large_batch} differ: "
             f"{len(small.phases)} and {len(large.phases)} allocations"
         )
-    low, high = (torch.tensor(trace.live_bytes, dtype=torch.float64) for trace in (small, large))
-    slope = (high - low) / (large_batch - small_batch)
-    return MemoryLaw(torch.tensor(small.phases), low - slope * small_batch, slope)
+    if small.storages.numbers != large.storages.numbers:
+        raise RuntimeError(
+            f"the steps of batch sizes {small_batch} and {large_batch} free in other orders"
+        )
+
+    def line(low: Sequence[Any], high: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        first, last = (torch.tensor(values, dtype=torch.float64) for values in (low, high))
+        slope = (last - first) / (large_batch - small_batch)
+        return first - slope * small_batch, slope
+
+    return MemoryLaw(
+        torch.tensor(small.phases),
+        *line(small.live_bytes, large.live_bytes),
+        small.storages,
+        *line(small.storages.sizes, large.storages.sizes),
+    )
 
 
 def trace_step(
@@ -104,10 +130,11 @@ def trace_step(
     gradients, each of the size of the inputs.
     """
     adamw: Any = _AdamW8bit(trained) if optimizer == "adamw8bit" else _adamw(trained, in_backward)
-    tracker = _Tracker()
+    tracker = _Tracker("backward" if in_backward else "optimizer")
     tracker.hold("parameters", [*module.parameters(), *module.buffers()])
     tracker.hold("optimizer", tree_leaves(list(adamw.state.values())))
     tracker.hold("inputs", inputs)
+    tracker.begin()
     hooks = [p.register_post_accumulate_grad_hook(tracker.hold_gradient) for p in trained]
     with step_in_backward(adamw) if in_backward else nullcontext(), tracker:
         for _ in range(parts):
@@ -138,17 +165,17 @@ def _adamw(trained: Sequence[nn.Parameter], one_by_one: bool) -> torch.optim.Opt
 
 
 class _AdamW8bit:
-    """What torchao's AdamW8bit holds, and takes in a step: fakes cannot run it."""
+    """What `eight_bit`'s AdamW holds: fakes cannot run it.
+
+    Its step is one compiled kernel for each parameter, and allocates nothing.
+    """
 
     def __init__(self, trained: Sequence[nn.Parameter]) -> None:
         self.param_groups = [{"params": [parameter]} for parameter in trained]
         self.state = {p: [*self._states(p), *self._states(p)] for p in trained}
 
     def step(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:  # both moments, before they are quantised
-                    torch.empty(2, parameter.numel())
+        pass
 
     def zero_grad(self, set_to_none: bool) -> None:
         for group in self.param_groups:
@@ -167,16 +194,30 @@ class _AdamW8bit:
 class _Tracker(TorchDispatchMode):
     """Follows every storage from the operator that returns it to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, stepping_phase: str) -> None:
+        """stepping_phase: that in which the optimizer steps, and its states first come."""
         super().__init__()
+        self.stepping_phase = stepping_phase
         self.phase = PHASES.index("forward")
         self.live = [0] * len(CATEGORIES)
-        self.storages: dict[int, tuple[int, int]] = {}  # key: (bytes, category)
+        self.storages: dict[int, tuple[int, int, int]] = {}  # key: (bytes, category, number)
         self.events: list[tuple[int, tuple[int, ...]]] = []
+        self.moves: list[tuple[int, int]] = []  # (number, bytes, 0 at a storage's end)
+        self.counted = self.before = self.stepping_from = 0
+        self.states: frozenset[int] = frozenset()
+
+    def begin(self) -> None:
+        """Say that what is held is there before the step."""
+        self.before = len(self.moves)
+        optimizer = CATEGORIES.index("optimizer")
+        held = self.storages.values()
+        self.states = frozenset(number for _, category, number in held if category == optimizer)
 
     def enter(self, phase: str) -> None:
         self.phase = PHASES.index(phase)
         self._record()
+        if phase == self.stepping_phase:
+            self.stepping_from = len(self.moves)
 
     def hold(self, category: str, tensors: Iterable[Any]) -> None:
         """Count what exists before the step, or comes to belong to another category."""
@@ -189,28 +230,41 @@ class _Tracker(TorchDispatchMode):
 
     def timeline(self) -> Timeline:
         phases, live = zip(*self.events, strict=True)
-        return Timeline(phases, live)
+        numbers, sizes = zip(*self.moves, strict=True)
+        # In the backward pass states come parameter by parameter, else all at once.
+        start = min(self.stepping_from, len(numbers) - 1)
+        come = range(start, len(numbers) if self.stepping_phase == "backward" else start + 1)
+        storages = Storages(numbers, sizes, self.before, self.states, come)
+        return Timeline(phases, live, storages)
 
     def _record(self, inner_bytes: int = 0) -> None:
         *others, temporaries = self.live
         self.events.append((self.phase, (*others, temporaries + inner_bytes)))
+        if inner_bytes:
+            self.counted += 1
+            self.moves += [(self.counted, inner_bytes), (self.counted, 0)]
 
     def _add(self, tensor: Tensor, category: int) -> None:
         """Count the tensor's storage under the category."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.storages:
-            size, former = self.storages[key]
+            size, former, number = self.storages[key]
             self.live[former] -= size
         else:
-            size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+            size = rounded(storage.nbytes()) if storage.nbytes() else 0
+            self.counted = number = self.counted + 1
+            if size:
+                self.moves.append((number, storage.nbytes()))
             weakref.finalize(storage, self._remove, key)
-        self.storages[key] = (size, category)
+        self.storages[key] = (size, category, number)
         self.live[category] += size
 
     def _remove(self, key: int) -> None:
-        size, category = self.storages.pop(key)
+        size, category, number = self.storages.pop(key)
         self.live[category] -= size
+        if size:
+            self.moves.append((number, 0))
 
     def __torch_dispatch__(
         self,

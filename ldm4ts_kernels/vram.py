@@ -22,12 +22,12 @@ LARGEST_BATCH = 64  # of a recommendation: larger steps are another training, no
 # brings most of 82 configurations closest. Other GPUs and versions differ.
 WORKSPACES = 80 * MIB  # allocated beyond the traced tensors: cuBLAS' workspaces and the like
 DECODING = {"fp32": 230, "bf16": 190}  # and by cuDNN, a pixel of the images decoded together
-# Of the tensors, reserved by the caching allocator and not used. It is more than an estimate was
-# too small at most (3.8 %), so that what is recommended fits even then.
-RESERVE = {"autoencoder": 0.2, "forecaster": 0.05, "unet": 0.05}
-# Of a budget, what is left free: what the pool of a CUDA graph holds beyond the tensors, 10 to 14 %
-# of them on an H200, of which RESERVE is a part.
-GRAPH_RESERVE = 0.08
+# What the allocator holds beyond the tensors is replayed (`Storages.reserved`). That is too little
+# for the autoencoder's convolutions in float32: there it is this share of the tensors at least.
+AUTOENCODER_RESERVE = 0.2
+# Of a budget, what is left free. Of the 15 steps as CUDA graphs in training_levers.csv, measured on
+# an H100, 12 took 1 to 5 % more than estimated, the other three up to 9 %.
+MARGIN = 0.05
 CUDA_CONTEXT = 815 * MIB  # outside the allocator: the driver's context and the loaded kernels
 
 
@@ -100,7 +100,7 @@ class Recommendation:
     optimizer_in_backward: bool = False
 
 
-class _Run(NamedTuple):
+class TrainingMemory(NamedTuple):
     """What decides the memory of a training run, but for its batch size."""
 
     config: Any  # LDM4TSConfig
@@ -112,42 +112,56 @@ class _Run(NamedTuple):
     optimizer: str = "adamw"
     optimizer_in_backward: bool = False
     accumulating: bool = False
+    graph: bool = False  # the step is recorded as a CUDA graph
 
-    def stages(self, batch_size: int) -> dict[str, Any]:
-        """Return the Peak of each stage's step."""
-        from ldm4ts_kernels.model.recompute import autoencoder_parts
-        from ldm4ts_kernels.model_memory import Step, memory_law
+    def stage(self, name: str, batch_size: int) -> tuple[Any, dict[str, int]]:
+        """Return the Peak of a stage's step, and all its bytes at that moment by category."""
+        law, windows, libraries = self._law(name, batch_size)
+        peak, passing = law.peak(windows), libraries - WORKSPACES
+        reserved = law.reserved(windows, WORKSPACES, passing, graph=self.graph)
+        least = AUTOENCODER_RESERVE * peak.total if name == "autoencoder" else 0
+        allocator = max(round(least), reserved - peak.total - libraries)
+        table = {**peak.categories, "workspaces": libraries, "allocator": allocator}
+        return peak, {**table, "cuda_context": CUDA_CONTEXT}
 
-        names = PARTS[self.part]
-        if self.config.autoencoder is not None:  # a pretrained one is not trained first
-            names = tuple(name for name in names if name != "autoencoder")
-        rest, peaks = self[2:-1], {}
-        for name in names:
-            parts = 1
-            if name == "autoencoder":
-                size, mode = self.config.image_size, self.gradient_checkpointing
-                parts = autoencoder_parts(batch_size, size, mode)
-            law = memory_law(Step(self.config, name, *rest, self.accumulating or parts > 1))
-            peaks[name] = law.peak(batch_size // parts)
-        return peaks
+    def stages(self, batch_size: int) -> dict[str, tuple[Any, dict[str, int]]]:
+        """Return what `stage` says of each stage."""
+        return {name: self.stage(name, batch_size) for name in self._names()}
 
     def table(self, batch_size: int) -> dict[str, int]:
         """Return the bytes at the peak of the stage that takes most, by category."""
-        return self.largest_stage(batch_size)[1]
+        return largest(self.stages(batch_size))[1]
 
-    def largest_stage(self, batch_size: int) -> tuple[str, dict[str, int]]:
-        """Return the stage that takes most in all, and the bytes at its peak, by category."""
-        tables = {}
-        for name, peak in self.stages(batch_size).items():
-            table = {**peak.categories, "workspaces": self._workspaces(name, batch_size)}
-            table["allocator"] = round(RESERVE[name] * peak.total)
-            tables[name] = {**table, "cuda_context": CUDA_CONTEXT}
-        return max(tables.items(), key=lambda item: sum(item[1].values()))
+    def fits(self, batch_size: int, vram_gb: float) -> bool:
+        """Whether such a step takes at most vram_gb · 2^30 bytes."""
+        for name in self._names():  # what no allocator can spare is known at once
+            law, windows, libraries = self._law(name, batch_size)
+            if law.peak(windows).total + libraries + CUDA_CONTEXT > vram_gb * GIB:
+                return False
+        return sum(self.table(batch_size).values()) <= vram_gb * GIB
 
-    def _workspaces(self, stage: str, batch_size: int) -> int:
-        return workspaces(
-            self.config, stage, batch_size, self.gradient_checkpointing, self.precision
-        )
+    def _names(self) -> tuple[str, ...]:
+        names = PARTS[self.part]
+        if self.config.autoencoder is not None:  # a pretrained one is not trained first
+            names = tuple(name for name in names if name != "autoencoder")
+        return names
+
+    def _law(self, name: str, batch_size: int) -> tuple[Any, int, int]:
+        """Return a stage's memory law, the windows it sees at once, and the libraries' bytes."""
+        from ldm4ts_kernels.model.recompute import autoencoder_parts
+        from ldm4ts_kernels.model_memory import Step, memory_law
+
+        parts, mode = 1, self.gradient_checkpointing
+        if name == "autoencoder":
+            parts = autoencoder_parts(batch_size, self.config.image_size, mode)
+        law = memory_law(Step(self.config, name, *self[2:-2], self.accumulating or parts > 1))
+        libraries = workspaces(self.config, name, batch_size, mode, self.precision)
+        return law, batch_size // parts, libraries
+
+
+def largest(stages: dict[str, tuple[Any, dict[str, int]]]) -> tuple[Any, dict[str, int]]:
+    """Return what `TrainingMemory.stage` says of the stage that takes most in all."""
+    return max(stages.values(), key=lambda stage: sum(stage[1].values()))
 
 
 def workspaces(
@@ -177,6 +191,7 @@ def estimate_vram_usage(
     weights: str = "fp32",
     optimizer_in_backward: bool = False,
     accumulate: int = 1,
+    cuda_graph: bool = False,
     **config_fields: Any,
 ) -> dict[str, Any]:
     """Return what training takes of a GPU's memory, in units of 2^30 bytes and in a byte table.
@@ -191,6 +206,8 @@ def estimate_vram_usage(
         optimizer, weights, optimizer_in_backward, accumulate: as in `runs.TrainConfig`; the
             autoencoder's stage has AdamW on fp32 weights whatever they are.
         part: "model", the larger of training's two stages; "unet", a step of the U-Net alone.
+        cuda_graph: the step is recorded as a CUDA graph, as `ldm4ts train` does on a GPU; it has
+            memory of its own beside what the steps before it took.
         config_fields: fields of LDM4TSConfig, over the preset's.
 
     Returns:
@@ -216,8 +233,8 @@ def estimate_vram_usage(
     _check_count("accumulate", accumulate)
     if batch_size % accumulate:
         raise ValueError(f"accumulate must divide batch_size ({batch_size}), got {accumulate}")
-    default = _Run(config, part, True, False, precision)
-    run = _Run(
+    default = TrainingMemory(config, part, True, False, precision)
+    run = TrainingMemory(
         config,
         part,
         backend == "default",
@@ -227,9 +244,10 @@ def estimate_vram_usage(
         optimizer,
         optimizer_in_backward,
         accumulate > 1,
+        cuda_graph,
     )
-    largest, table = run.largest_stage(batch_size // accumulate)
     stages = run.stages(batch_size // accumulate)
+    peak, table = largest(stages)
     total = sum(table.values())
     base = sum(table[name] for name in ("parameters", "gradients", "optimizer"))
     overhead = sum(table[name] for name in ("workspaces", "allocator", "cuda_context"))
@@ -249,10 +267,11 @@ def estimate_vram_usage(
         "weights": weights,
         "optimizer_in_backward": optimizer_in_backward,
         "accumulate": accumulate,
+        "cuda_graph": cuda_graph,
         "part": part,
         "bytes": table,
-        "stages": {name: peak.total for name, peak in stages.items()},
-        "phases": stages[largest].phases,
+        "stages": {name: at_peak.total for name, (at_peak, _) in stages.items()},
+        "phases": peak.phases,
     }
 
 
@@ -277,7 +296,7 @@ def recommend(
     if not vram_gb > 0:
         raise ValueError(f"vram_gb must be more than 0, got {vram_gb!r}")
     _check_count("batch_size", batch_size, LARGEST_BATCH)
-    least = (CUDA_CONTEXT + WORKSPACES) / GIB / (1 - GRAPH_RESERVE)
+    least = (CUDA_CONTEXT + WORKSPACES) / GIB / (1 - MARGIN)
     if vram_gb < least:  # no trace is needed to say so
         raise ValueError(
             f"vram_gb must be at least {least:.2f} for the CUDA context and workspaces alone, "
@@ -287,14 +306,14 @@ def recommend(
     offered = LEAN_LEVERS if lean else LEVERS
     levers = [lever for lever in offered if precision in (None, lever.precision)]
     considered = []
-    for option in _options(config, levers, vram_gb * (1 - GRAPH_RESERVE)):
+    for option in _options(config, levers, vram_gb * (1 - MARGIN)):
         considered.append(option)
         if option.largest_batch >= batch_size:
             break
     chosen = considered[-1]
     if not chosen.largest_batch:
         raise ValueError(
-            f"vram_gb must be at least {chosen.one_window_gb / (1 - GRAPH_RESERVE):.2f} for one "
+            f"vram_gb must be at least {chosen.one_window_gb / (1 - MARGIN):.2f} for one "
             f"window of {config.image_size} a step with every lever, got {vram_gb}"
         )
     lever = levers[len(considered) - 1]
@@ -314,9 +333,9 @@ def recommend(
     )
 
 
-def run_with(lever: Lever, config: Any, accumulating: bool = False) -> "_Run":
-    """Return the run of a configuration, LDM4TSConfig, with a lever and fused attention."""
-    return _Run(
+def run_with(lever: Lever, config: Any, accumulating: bool = False) -> "TrainingMemory":
+    """Return the run of an LDM4TSConfig with a lever and fused attention, as a CUDA graph."""
+    return TrainingMemory(
         config,
         "model",
         False,
@@ -326,17 +345,13 @@ def run_with(lever: Lever, config: Any, accumulating: bool = False) -> "_Run":
         lever.optimizer,
         lever.optimizer_in_backward,
         accumulating,
+        graph=True,
     )
 
 
-def largest_batch(run: "_Run", vram_gb: float, most: int = LARGEST_BATCH) -> int:
+def largest_batch(run: "TrainingMemory", vram_gb: float, most: int = LARGEST_BATCH) -> int:
     """Return how many windows a step of the run may have in vram_gb · 2^30 bytes, 0 .. most."""
-    fitting = 0
-    for batch_size in range(1, most + 1):
-        if sum(run.table(batch_size).values()) > vram_gb * GIB:
-            break
-        fitting = batch_size
-    return fitting
+    return next((n for n in range(most, 0, -1) if run.fits(n, vram_gb)), 0)
 
 
 def _options(config: Any, levers: list[Lever], vram_gb: float) -> Iterator[Option]:

@@ -6,8 +6,15 @@ from pathlib import Path
 PACKAGE = "ldm4ts_kernels"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = (
-    ("reference", "graphs", "eight_bit", "kernels.primitives", "kernels.tuning"),
-    ("requirements", "optimizers", "kernels.autograd"),
+    (
+        "reference",
+        "graphs",
+        "eight_bit",
+        "caching_allocator",
+        "kernels.primitives",
+        "kernels.tuning",
+    ),
+    ("requirements", "optimizers", "storages", "kernels.autograd"),
     ("inputs", "memory_trace", "kernels.problem", "kernels.flops", "kernels.launch"),
     ("kernels.flash_forward", "kernels.quantize", "kernels.row_terms", "kernels.query_splits"),
     ("kernels.flash_backward",),

@@ -15,15 +15,17 @@ from ldm4ts_kernels.model_memory import Step, memory_law
 from ldm4ts_kernels.runs import plan
 from ldm4ts_kernels.vram import (
     GIB,
-    GRAPH_RESERVE,
     LARGEST_BATCH,
     LEAN_LEVERS,
+    MARGIN,
+    TrainingMemory,
     recommend,
     workspaces,
 )
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "vram_accuracy.csv"
-SMALL = {**TINY, "autoencoder_channels": (8, 16)}
+# Large enough that each lever saves more than a segment of the allocator.
+SMALL = {**TINY, "autoencoder_channels": (8, 16), "unet_channels": (96, 192)}
 
 
 def estimate(**arguments: object) -> dict:
@@ -49,7 +51,7 @@ def test_the_rows_of_the_table_sum_to_the_total():
     total = found["total_estimated_gb"]
     assert sum(found["bytes"].values()) / GIB == pytest.approx(total)
     assert sum(found[name] for name in parts) == pytest.approx(total)
-    assert max(found["stages"].values()) == max(found["phases"].values())
+    assert max(found["stages"].values()) == pytest.approx(max(found["phases"].values()))
 
 
 def test_the_default_saves_nothing_against_itself():
@@ -137,10 +139,22 @@ def test_the_estimate_is_what_a_gpu_measured():
         assert estimated / 2**20 == pytest.approx(float(row["allocated_mib"]), rel=0.03)
 
 
+def test_a_graphed_step_takes_what_a_gpu_measured():
+    # The other rows by hand: 12 of 15 took 1 to 5 % more than estimated, three up to 9 %.
+    memory = TrainingMemory(resolve_config("guide"), "model", False, False, "fp32", graph=True)
+    with MEASURED.with_name("training_levers.csv").open() as file:
+        rows = {(row["px"], row["batch"], row["name"]): row for row in csv.DictReader(file)}
+    measured = float(rows["224", "4", "graph, fp32"]["in_all_mib"])
+    _, table = memory.stage("forecaster", 4)
+    assert sum(table.values()) / 2**20 == pytest.approx(measured, rel=0.05)
+    _, eager = memory._replace(graph=False).stage("forecaster", 4)
+    assert eager["allocator"] < table["allocator"]
+
+
 def fitting(batch_size: int, **settings: object) -> float:
-    """Return the GB of a card that batch_size windows fill, a graph's reserve included."""
-    found = estimate(batch_size=batch_size, backend="flash", **settings)
-    return found["total_estimated_gb"] / (1 - GRAPH_RESERVE) + 1e-9
+    """Return the GB of a card that batch_size windows fill, the margin included."""
+    found = estimate(batch_size=batch_size, backend="flash", cuda_graph=True, **settings)
+    return found["total_estimated_gb"] / (1 - MARGIN) + 1e-9
 
 
 LEANEST = {"gradient_checkpointing": True, "precision": "bf16"}
@@ -149,8 +163,11 @@ LEANEST = {"gradient_checkpointing": True, "precision": "bf16"}
 def test_the_largest_batch_that_fits_is_recommended():
     found = recommend(fitting(16), **SMALL)
     chosen = (found.attention_backend, found.precision, found.gradient_checkpointing)
-    assert (chosen, found.batch_size) == (("flash", "fp32", False), 16)
-    assert found.estimated_gb == pytest.approx(fitting(16) * (1 - GRAPH_RESERVE))
+    assert chosen == ("flash", "fp32", False)
+    # Another window may fit into segments that the allocator has anyway.
+    assert 16 <= found.batch_size < LARGEST_BATCH
+    assert fitting(found.batch_size) <= fitting(16) < fitting(found.batch_size + 1)
+    assert found.estimated_gb == pytest.approx(fitting(found.batch_size) * (1 - MARGIN))
     assert "no others are needed. They cost nothing" in found.why
 
 
@@ -164,7 +181,8 @@ def test_less_memory_costs_more_levers():
 
 def test_a_batch_that_fits_with_no_lever_is_said_to():
     found = recommend(fitting(20, **LEANEST), batch_size=LARGEST_BATCH, **SMALL)
-    assert (found.gradient_checkpointing, found.batch_size) == (True, 20)
+    assert found.gradient_checkpointing
+    assert 20 <= found.batch_size < LARGEST_BATCH
     assert "No settings fit 64 windows a step; these fit the most" in found.why
 
 
@@ -179,7 +197,8 @@ def test_only_levers_that_training_has_are_recommended():
 def test_lean_levers_are_recommended_where_they_are_asked_for():
     lean = {"optimizer": "adamw8bit", **LEANEST}
     found = recommend(fitting(20, **lean), batch_size=20, lean=True, **SMALL)
-    assert (found.optimizer, found.weights, found.batch_size) == ("adamw8bit", "fp32", 20)
+    assert (found.optimizer, found.weights) == ("adamw8bit", "fp32")
+    assert 20 <= found.batch_size < LARGEST_BATCH
     assert [option.optimizer for option in found.considered] == ["adamw"] * 4 + ["adamw8bit"]
 
 
@@ -192,7 +211,7 @@ def test_the_precision_can_be_kept():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"vram_gb": 0.1}, "vram_gb must be at least 0.95 for the CUDA context"),
+        ({"vram_gb": 0.1}, "vram_gb must be at least 0.92 for the CUDA context"),
         ({"vram_gb": 0}, "vram_gb must be more than 0, got 0"),
         ({"vram_gb": 8, "batch_size": 65}, "batch_size must be an integer from 1 to 64, got 65"),
         ({"vram_gb": 8, "precision": "int8"}, "precision must be one of"),
