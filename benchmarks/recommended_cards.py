@@ -4,7 +4,7 @@
 
 Each card is a process that may take no more than the card has, side by side with the others, so
 that nothing here is a time. in_all: what the process' allocator held at most, and the driver's
-context as `vram.CUDA_CONTEXT` has it.
+context as `training_memory.CUDA_CONTEXT` has it.
 """
 
 import multiprocessing
@@ -24,7 +24,8 @@ def train_card(vram_gb: int) -> dict[str, object]:
 
     from ldm4ts_kernels.runs import plan
     from ldm4ts_kernels.training import train
-    from ldm4ts_kernels.vram import CUDA_CONTEXT, GIB, recommend
+    from ldm4ts_kernels.training_memory import CUDA_CONTEXT, GIB
+    from ldm4ts_kernels.vram import recommend
 
     found = recommend(vram_gb)
     reports = []

@@ -142,7 +142,7 @@ def _optimizer(case: Case, model: Any) -> tuple[list[Any], torch.optim.Optimizer
 def estimate(case: Case) -> dict[str, float]:
     """Return the estimate of the same step: allocated, and in all with reserve and context."""
     from ldm4ts_kernels.model.config import resolve_config
-    from ldm4ts_kernels.vram import TrainingMemory
+    from ldm4ts_kernels.training_memory import TrainingMemory
 
     size = (case.px, case.px)
     memory = TrainingMemory(

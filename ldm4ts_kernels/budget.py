@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ldm4ts_kernels.vram import GIB, LARGEST_BATCH, MARGIN, Lever, largest_batch, run_with
+from ldm4ts_kernels.training_memory import GIB
+from ldm4ts_kernels.vram import LARGEST_BATCH, MARGIN, Lever, largest_batch, run_with
 
 MANY_PARTS = 4  # beyond it, a leaner set of levers is taken before a batch is split further
 

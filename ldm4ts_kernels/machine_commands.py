@@ -15,7 +15,8 @@ from ldm4ts_kernels.bench import time_attention
 from ldm4ts_kernels.commands import app, note, out
 from ldm4ts_kernels.data import OptionError
 from ldm4ts_kernels.doctor import BackendFinding, diagnose
-from ldm4ts_kernels.vram import GIB, Recommendation, estimate_vram_usage, recommend
+from ldm4ts_kernels.training_memory import GIB
+from ldm4ts_kernels.vram import Recommendation, estimate_vram_usage, recommend
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

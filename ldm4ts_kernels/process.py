@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 
-from ldm4ts_kernels.vram import CUDA_CONTEXT, GIB
+from ldm4ts_kernels.training_memory import CUDA_CONTEXT, GIB
 
 
 @dataclass

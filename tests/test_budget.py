@@ -12,7 +12,8 @@ from ldm4ts_kernels.data import OptionError
 from ldm4ts_kernels.model.config import resolve_config
 from ldm4ts_kernels.process import memory_cap
 from ldm4ts_kernels.runs import TrainConfig, plan
-from ldm4ts_kernels.vram import GIB, LEAN_LEVERS, LEVERS, run_with
+from ldm4ts_kernels.training_memory import GIB
+from ldm4ts_kernels.vram import LEAN_LEVERS, LEVERS, run_with
 
 # Large enough that each lever saves more than a segment of the allocator.
 SMALL = {**TINY, "autoencoder_channels": (8, 16), "unet_channels": (96, 192)}

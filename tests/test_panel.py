@@ -25,7 +25,8 @@ from ldm4ts_kernels.panel.server import TABS, build_page
 from ldm4ts_kernels.panel.settings import CARDS_GB
 from ldm4ts_kernels.panel.state import PanelState
 from ldm4ts_kernels.panel.worker import WorkerError
-from ldm4ts_kernels.vram import GIB, estimate_vram_usage
+from ldm4ts_kernels.training_memory import GIB
+from ldm4ts_kernels.vram import estimate_vram_usage
 
 
 def total_of(arguments: dict[str, object], batch: int) -> float:

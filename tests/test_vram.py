@@ -13,15 +13,8 @@ from ldm4ts_kernels.machine_commands import app
 from ldm4ts_kernels.model.config import resolve_config
 from ldm4ts_kernels.model_memory import Step, memory_law
 from ldm4ts_kernels.runs import plan
-from ldm4ts_kernels.vram import (
-    GIB,
-    LARGEST_BATCH,
-    LEAN_LEVERS,
-    MARGIN,
-    TrainingMemory,
-    recommend,
-    workspaces,
-)
+from ldm4ts_kernels.training_memory import GIB, TrainingMemory, workspaces
+from ldm4ts_kernels.vram import LARGEST_BATCH, LEAN_LEVERS, MARGIN, recommend
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "vram_accuracy.csv"
 # Large enough that each lever saves more than a segment of the allocator.

@@ -2,7 +2,7 @@
 
 from nicegui import ui
 
-from ldm4ts_kernels.vram import GIB
+from ldm4ts_kernels.training_memory import GIB
 
 # Rows of estimate_vram_usage's "bytes": a name and a colour that reads on white and on black.
 SHOWN = {
