@@ -134,6 +134,10 @@ def estimate_command(
     part: Annotated[
         str, typer.Option("--part", help="model, or unet for the U-Net alone.")
     ] = "model",
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph/--no-cuda-graph", help="As train records a step on a GPU."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what training takes of a GPU's memory; needs none, and takes seconds."""
@@ -150,6 +154,7 @@ def estimate_command(
             optimizer=optimizer,
             weights=weights,
             accumulate=accumulate,
+            cuda_graph=cuda_graph,
         )
     except ValueError as error:
         raise OptionError(f"{error}") from error

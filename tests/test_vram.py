@@ -221,7 +221,12 @@ def test_the_commands_print_tables_and_json():
     assert table.exit_code == 0
     assert all(row in table.output for row in ("parameters", "cuda context", "total"))
     as_json = run(app, ["estimate", "--preset", "paper", "--gradient-checkpointing", "--json"])
-    assert json.loads(as_json.output)["preset"] == "paper"
+    eager = json.loads(as_json.output)
+    assert eager["preset"] == "paper"
+    arguments = ["--gradient-checkpointing", "--cuda-graph", "--json"]
+    graphed = json.loads(run(app, ["estimate", "--preset", "paper", *arguments]).output)
+    assert graphed["cuda_graph"]
+    assert graphed["total_estimated_gb"] > eager["total_estimated_gb"]
     table = run(app, ["recommend", "6", "--preset", "paper", "--precision", "fp32"])
     assert table.exit_code == 0
     assert "ldm4ts train --preset paper --attention flash --precision fp32" in table.output
