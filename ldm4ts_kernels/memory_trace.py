@@ -4,9 +4,10 @@ A step's operators are the same for every batch size, and what each finds in mem
 plus a slope times the batch: two traces give the peak of every batch size.
 """
 
+import gc
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +137,8 @@ def trace_step(
     tracker.hold("inputs", inputs)
     tracker.begin()
     hooks = [p.register_post_accumulate_grad_hook(tracker.hold_gradient) for p in trained]
-    with step_in_backward(adamw) if in_backward else nullcontext(), tracker:
+    stepping = step_in_backward(adamw) if in_backward else nullcontext()
+    with _no_collection(), stepping, tracker:
         for _ in range(parts):
             tracker.enter("forward")
             value = loss()
@@ -151,6 +153,18 @@ def trace_step(
     for hook in hooks:
         hook.remove()
     return tracker.timeline()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let nothing end but by its last reference: when Python looks for cycles is chance."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _adamw(trained: Sequence[nn.Parameter], one_by_one: bool) -> torch.optim.Optimizer:
