@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ldm4ts_kernels.checkpointing import attention_checkpoint_contexts
+from ldm4ts_kernels.law_store import kept
 from ldm4ts_kernels.memory_trace import MemoryLaw, Timeline, fit_law, trace_step
 from ldm4ts_kernels.model import LDM4TSConfig, LDM4TSModel
 from ldm4ts_kernels.model.recompute import layer_by_layer
@@ -47,6 +48,8 @@ class Step:
 def memory_law(step: Step) -> MemoryLaw:
     """Return the bytes that the step holds, for any batch size; takes seconds, once a step.
 
+    It is kept on disk for other processes: `law_store`.
+
     Raises ValueError for a model with a text encoder: its prompts are written from real values.
     """
     if step.config.text_encoder is not None:
@@ -54,7 +57,7 @@ def memory_law(step: Step) -> MemoryLaw:
             f"text_encoder must be None for an estimate, got {step.config.text_encoder!r}"
         )
     small, large = TRACED_BATCHES
-    return fit_law(_trace(step, small), small, _trace(step, large), large)
+    return kept(step, lambda: fit_law(_trace(step, small), small, _trace(step, large), large))
 
 
 def _trace(step: Step, batch_size: int) -> Timeline:

@@ -133,7 +133,8 @@ def estimate_vram_usage(
         tensors' bytes at each stage's peak; "phases", at the peak of each phase of the largest
         stage; and the arguments.
 
-    The first call for a model takes seconds, others of the same settings none, whatever the batch.
+    The first call for a model takes seconds, whatever the batch; what it traced is kept on disk, in
+    $LDM4TS_CACHE, else ldm4ts-kernels in the user's cache.
     Not covered: the scoring between steps, other processes on the GPU, torch.compile.
 
     Raises ValueError for an unknown name or a value out of range, TypeError for an unknown field.

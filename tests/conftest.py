@@ -1,12 +1,18 @@
 """Without a GPU the Triton kernels run in its interpreter, which must be on before the import."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "LDM4TS_CACHE" not in os.environ:  # pytest-xdist's workers inherit it
+    os.environ["LDM4TS_CACHE"] = tempfile.mkdtemp(prefix="ldm4ts-tests-")
+    atexit.register(shutil.rmtree, os.environ["LDM4TS_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,7 +25,7 @@ def start(directory: Path, *options: str) -> tuple[subprocess.Popen[bytes], str]
     command = [sys.executable, "-m", "ldm4ts_kernels.cli", "panel", "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--runs", str(directory / "runs"), *options],
-        env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "LDM4TS_CACHE": str(directory / "cache"), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
     )
     for _ in range(600):

@@ -5,17 +5,15 @@ runs in a process of its own. An answer holds all batch sizes and is kept until 
 """
 
 import asyncio
-import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm4ts_kernels.caches import code_version, user_cache
 from ldm4ts_kernels.panel.worker import Worker
 
-PACKAGE = Path(__file__).parents[1]
 Answer = dict[str, Any]
 
 
@@ -40,7 +38,7 @@ class Estimates:
     """Answers questions: at once where the answer is known, else when it has been computed."""
 
     def __init__(self, cache: Path | None = None) -> None:
-        self.cache = cache or _user_cache()
+        self.cache = cache or user_cache("estimates")
         self.worker = Worker()
         self.known: dict[Question, Answer] = {}
         self.asked: dict[Question, asyncio.Task[Answer]] = {}
@@ -81,21 +79,4 @@ class Estimates:
 
     def _file(self, question: Question) -> Path:
         name = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:24]
-        return self.cache / _code_version() / f"{name}.json"
-
-
-def _user_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ldm4ts-kernels" / "estimates"
-
-
-@functools.cache
-def _code_version() -> str:
-    """Return a digest of what the traces depend on: this package's text, torch and diffusers."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if path.parent != Path(__file__).parent:  # the panel itself only asks
-            digest.update(path.read_bytes())
-    for library in ("torch", "diffusers"):
-        digest.update(importlib.metadata.version(library).encode())
-    return digest.hexdigest()[:16]
+        return self.cache / code_version() / f"{name}.json"
