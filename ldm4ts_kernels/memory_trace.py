@@ -68,12 +68,11 @@ class MemoryLaw:
 
     def peak(self, batch_size: int) -> Peak:
         """Return the peak of a step of batch_size windows."""
-        live = self.constant + self.slope * batch_size  # (E, C)
+        live = (self.constant + self.slope * batch_size).round().long()  # (E, C)
         totals = live.sum(dim=1)
-        at_peak = live[totals.argmax()].round().long().tolist()
+        at_peak = live[totals.argmax()].tolist()
         by_phase = {
-            name: round(totals[self.phases == index].max().item())
-            for index, name in enumerate(PHASES)
+            name: int(totals[self.phases == index].max()) for index, name in enumerate(PHASES)
         }
         return Peak(dict(zip(CATEGORIES, at_peak, strict=True)), by_phase)
 

@@ -23,24 +23,28 @@ class Storages(NamedTuple):
         is recorded as a CUDA graph, which has a pool of its own.
         """
         before = list(zip(self.numbers, self.sizes, strict=True))[: self.before]
+        passes = {self._peak(): passing} if passing else {}
         allocator = CachingAllocator()
         _take(allocator, [size for number, size in before if number not in self.states])
         _take(allocator, [kept // 2])
-        self._step(allocator, passing, [size for number, size in before if number in self.states])
+        self._step(allocator, passes, [size for number, size in before if number in self.states])
         _take(allocator, [kept // 2])
         for _ in range(2):
-            self._step(allocator, passing, [])
+            self._step(allocator, passes, [])
         most = allocator.reserved
         if graph:
             allocator.give_back()
             pool = CachingAllocator()
-            self._step(pool, passing, [])
+            self._step(pool, passes, [])
             most = max(most, allocator.reserved + pool.reserved)
         return most
 
-    def _step(self, allocator: CachingAllocator, passing: int, states: list[int]) -> None:
-        """Take a step: what is there before it stays, what begins in it has ended afterwards."""
-        peak, waiting = self._peak(), list(states)
+    def _step(self, allocator: CachingAllocator, passes: dict[int, int], states: list[int]) -> None:
+        """Take a step: what is there before it stays, what begins in it has ended afterwards.
+
+        passes: bytes that libraries take for a moment, by where.
+        """
+        waiting = list(states)
         blocks: dict[int, Block] = {}
         for at in range(self.before, len(self.numbers)):
             number, size = self.numbers[at], self.sizes[at]
@@ -52,9 +56,8 @@ class Storages(NamedTuple):
                 blocks[number] = allocator.allocate(size)
             elif number in blocks:
                 allocator.release(blocks.pop(number))
-            if at == peak:
-                for block in _take(allocator, [passing]):
-                    allocator.release(block)
+            if at in passes:
+                allocator.release(allocator.allocate(passes[at]))
         for block in blocks.values():
             allocator.release(block)
 
@@ -72,6 +75,8 @@ class Storages(NamedTuple):
         return at_most
 
 
-def _take(allocator: CachingAllocator, sizes: Iterable[int]) -> list[Block]:
-    """Allocate blocks of these sizes; none for no bytes."""
-    return [allocator.allocate(size) for size in sizes if size]
+def _take(allocator: CachingAllocator, sizes: Iterable[int]) -> None:
+    """Allocate blocks of these sizes, which stay; none for no bytes."""
+    for size in sizes:
+        if size:
+            allocator.allocate(size)

@@ -44,7 +44,7 @@ def test_the_rows_of_the_table_sum_to_the_total():
     total = found["total_estimated_gb"]
     assert sum(found["bytes"].values()) / GIB == pytest.approx(total)
     assert sum(found[name] for name in parts) == pytest.approx(total)
-    assert max(found["stages"].values()) == pytest.approx(max(found["phases"].values()))
+    assert max(found["stages"].values()) == max(found["phases"].values())
 
 
 def test_the_default_saves_nothing_against_itself():
@@ -150,6 +150,14 @@ def fitting(batch_size: int, **settings: object) -> float:
     return found["total_estimated_gb"] / (1 - MARGIN) + 1e-9
 
 
+def fills(batch_size: int, vram_gb: float, **settings: object) -> bool:
+    """Whether so many windows fit a card, and one more does not.
+
+    They may be more than the card was made for: into segments that the allocator has anyway.
+    """
+    return fitting(batch_size, **settings) <= vram_gb < fitting(batch_size + 1, **settings)
+
+
 LEANEST = {"gradient_checkpointing": True, "precision": "bf16"}
 
 
@@ -157,9 +165,8 @@ def test_the_largest_batch_that_fits_is_recommended():
     found = recommend(fitting(16), **SMALL)
     chosen = (found.attention_backend, found.precision, found.gradient_checkpointing)
     assert chosen == ("flash", "fp32", False)
-    # Another window may fit into segments that the allocator has anyway.
-    assert 16 <= found.batch_size < LARGEST_BATCH
-    assert fitting(found.batch_size) <= fitting(16) < fitting(found.batch_size + 1)
+    assert found.batch_size >= 16
+    assert fills(found.batch_size, fitting(16))
     assert found.estimated_gb == pytest.approx(fitting(found.batch_size) * (1 - MARGIN))
     assert "no others are needed. They cost nothing" in found.why
 
@@ -175,7 +182,8 @@ def test_less_memory_costs_more_levers():
 def test_a_batch_that_fits_with_no_lever_is_said_to():
     found = recommend(fitting(20, **LEANEST), batch_size=LARGEST_BATCH, **SMALL)
     assert found.gradient_checkpointing
-    assert 20 <= found.batch_size < LARGEST_BATCH
+    assert found.batch_size >= 20
+    assert fills(found.batch_size, fitting(20, **LEANEST), **LEANEST)
     assert "No settings fit 64 windows a step; these fit the most" in found.why
 
 
@@ -191,7 +199,8 @@ def test_lean_levers_are_recommended_where_they_are_asked_for():
     lean = {"optimizer": "adamw8bit", **LEANEST}
     found = recommend(fitting(20, **lean), batch_size=20, lean=True, **SMALL)
     assert (found.optimizer, found.weights) == ("adamw8bit", "fp32")
-    assert 20 <= found.batch_size < LARGEST_BATCH
+    assert found.batch_size >= 20
+    assert fills(found.batch_size, fitting(20, **lean), **lean)
     assert [option.optimizer for option in found.considered] == ["adamw"] * 4 + ["adamw8bit"]
 
 
