@@ -111,6 +111,22 @@ def native_speed(rows: Rows) -> list[str]:
     return [*lines, "", source(rows)]
 
 
+def host_time(rows: Rows) -> list[str]:
+    """One line a shape: µs of the host, both passes, by backend."""
+    times = {(row["shape"], row["backend"], row["pass"]): row["host_us"] for row in rows}
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    lines = [f"| B, H, N_q, N_k, D | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        cells = [
+            " / ".join(
+                f"{float(times[shape, name, each]):.0f}" for each in ("forward", "forward+backward")
+            )
+            for name in names
+        ]
+        lines.append(f"| {' | '.join([shape.replace('x', ', '), *cells])} |")
+    return [*lines, "", source(rows)]
+
+
 def accuracy(rows: Rows) -> list[str]:
     """One line a head dim, deviation and backend, in bf16: relative errors and the worst cosine."""
     names = ("out", "dq", "dk", "dv")
@@ -151,6 +167,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "accuracy": accuracy,
     "attention_gains": attention_gains,
     "attention_speed": attention_speed,
+    "host_time": host_time,
     "kept_activations": kept_activations,
     "native_speed": native_speed,
     "native_speed_fp16": native_speed,

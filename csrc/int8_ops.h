@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_forward(const Tensor& qu
   const auto for_heads = [&](int64_t rows, int64_t columns, ScalarType dtype) {
     return torch::stable::new_empty(key, {f.batch, f.kv_heads, rows, columns}, dtype);
   };
-  Tensor out = torch::stable::empty_like(query);
+  Tensor out = empty_as(query);
   Tensor lse = empty_rows(query);
   Tensor key_int8 = for_heads(f.k_len, p.width, ScalarType::Char);
   Tensor key_scale = for_heads(ceil_div(f.k_len, kQuantRows), 1, ScalarType::Float);
@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> int8_backward(const Tensor& dout, const Tenso
   check_kept("key_mean", key_mean, query, ScalarType::Float, heads * p.width);
   check_rows("lse", lse, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  Tensor rounded_query = torch::stable::empty_like(query);
-  Tensor rounded_key = torch::stable::empty_like(value);
+  Tensor rounded_query = empty_as(query);
+  Tensor rounded_key = empty_as(value);
   Tensor smooth_lse = torch::stable::empty_like(lse);
   p.flash.lse = floats(lse);
   p.q_rounded = strided(rounded_query);

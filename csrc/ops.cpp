@@ -102,6 +102,29 @@ void set_dropout(FlashParams& p, const std::optional<Tensor>& seed, double dropo
   p.dropout_p = static_cast<float>(dropout_p);
 }
 
+// empty_like for (B, H, N, D). torch's is found by its name on every call; where no two elements of
+// a tensor have a gap between them, its strides are those wanted.
+Tensor empty_as(const Tensor& tensor) {
+  int64_t *sizes = nullptr, *strides = nullptr, packed = 1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  for (int found = 0; found < 4; ++found) {  // the dimension that is next in memory
+    for (int i = 0; i < 4; ++i) {
+      if (sizes[i] > 1 && strides[i] == packed) {
+        packed *= sizes[i];
+        break;
+      }
+    }
+  }
+  if (packed != tensor.numel()) return torch::stable::empty_like(tensor);
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      4, sizes, strides, dtype, aoti_torch_device_type_cuda(), tensor.get_device_index(), &made));
+  return Tensor(made);
+}
+
 Tensor empty_rows(const Tensor& query) {
   return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
                                   ScalarType::Float);
@@ -116,7 +139,7 @@ std::tuple<Tensor, Tensor> flash_forward(const Tensor& query, const Tensor& key,
   FlashParams p = make_params(query, key, value, attn_mask, is_causal, scale, kMaxFwdHeadDim);
   set_dropout(p, seed, dropout_p, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  Tensor out = torch::stable::empty_like(query);  // in the query's order of dimensions
+  Tensor out = empty_as(query);  // in the query's order of dimensions
   Tensor lse = empty_rows(query);
   p.o = strided(out);
   p.lse = floats(lse);
@@ -149,9 +172,9 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& dout, const Tens
   check_rows("lse", lse, query);
   if (dlse) check_rows("dlse", *dlse, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  Tensor dq = torch::stable::empty_like(query);
-  Tensor dk = torch::stable::empty_like(key);
-  Tensor dv = torch::stable::empty_like(value);
+  Tensor dq = empty_as(query);
+  Tensor dk = empty_as(key);
+  Tensor dv = empty_as(value);
   if (p.k_len == 0) return {torch::stable::zero_(dq), dk, dv};
   std::optional<Tensor> workspace;
   if (const int64_t size = statistics_floats(p)) {
@@ -185,6 +208,7 @@ std::string device_error(int64_t index) {
 }  // namespace
 }  // namespace ldm
 
+#include "fused_ops.h"
 #include "int8_ops.h"
 
 STABLE_TORCH_LIBRARY(ldm4ts_kernels, m) {
@@ -213,6 +237,12 @@ STABLE_TORCH_LIBRARY_IMPL(ldm4ts_kernels, CUDA, m) {
   m.impl("flash_backward", TORCH_BOX(&ldm::flash_backward));
   m.impl("int8_forward", TORCH_BOX(&ldm::int8_forward));
   m.impl("int8_backward", TORCH_BOX(&ldm::int8_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  m.impl("_scaled_dot_product_fused_attention_overrideable", TORCH_BOX(&ldm::fused_forward));
+  m.impl("_scaled_dot_product_fused_attention_overrideable_backward",
+         TORCH_BOX(&ldm::fused_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ldm4ts_kernels, CompositeExplicitAutograd, m) {

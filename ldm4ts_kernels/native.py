@@ -136,6 +136,20 @@ class _FlashAttention(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
+def _has_plain_gradient(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether torch's own derivative of the operator will do: eager calls of mere tensors.
+
+    Whoever traces a call, counts or replaces its operators finds this package's there.
+    """
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and query.shape[-1] <= MAX_GRAD_HEAD_DIM
+        and not torch.are_deterministic_algorithms_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def flash_attention(
     query: Tensor,  # (B, H, Q, D)
     key: Tensor,  # (B, G, K, D)
@@ -157,7 +171,7 @@ def flash_attention(
     float32 and carries a gradient. A row that sees no key gives 0 and LSE -inf. `seed` fixes which
     weights dropout drops, the same as in `kernels.flash`, and is drawn when None.
 
-    The output is the same in every run; so are the gradients under
+    The output is the same in every run; so are the gradients of a call that is made under
     `torch.use_deterministic_algorithms`, and else but for the order of float32 sums in that of a
     long query. The gradients have no derivative.
 
@@ -178,6 +192,9 @@ def flash_attention(
         seed = torch.randint(2**62, (1,), device=query.device)  # graph-safe: torch's own generator
     needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
     if needs_grad and torch.is_grad_enabled():
+        if seed is None and not return_lse and _has_plain_gradient(query, key, value):
+            fused = torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default
+            return fused(query, key, value, attn_mask, 0.0, is_causal, False, scale=scale)[0]
         out, lse = _FlashAttention.apply(
             query, key, value, attn_mask, is_causal, scale, seed, dropout_p
         )

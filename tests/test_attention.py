@@ -258,3 +258,4 @@ def fresh_announcements(monkeypatch):
 
     announce = requirements.constant(attention._announce.__wrapped__)
     monkeypatch.setattr(attention, "_announce", announce)
+    monkeypatch.setattr(attention, "_served", {})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm4ts_kernels import native, reference
 from tests.assertions import assert_as_accurate_as, cancelled_terms
@@ -21,6 +22,8 @@ SCHEMAS = [
     for text in re.findall(r"m\.def\((.*?)\);", (ROOT / "csrc/ops.cpp").read_text(), re.DOTALL)
 ]
 LOADED = native.load_error() is None
+FUSED = "_scaled_dot_product_fused_attention_overrideable"
+TORCHS, OURS = "ScaledDotProductFusedAttentionOverrideableBackward0", "_FlashAttentionBackward"
 built = pytest.mark.skipif(not LOADED, reason=f"{native.load_error()}")
 
 
@@ -100,6 +103,21 @@ def backward_on_cpu(dout, query, key, value, out, lse, attn_mask, dlse, is_causa
     )
 
 
+def fused_on_cpu(
+    query, key, value, attn_bias=None, dropout_p=0.0, is_causal=False, debug=False, *, scale
+):
+    assert not dropout_p and not debug
+    out, lse = forward_on_cpu(query, key, value, attn_bias, is_causal, scale)
+    none = torch.empty(0)
+    return out, lse, none, none, 0, 0, none, none, none
+
+
+def fused_backward_on_cpu(dout, query, key, value, attn_bias, wanted, out, lse, *rest, scale):
+    is_causal = rest[5]
+    grads = backward_on_cpu(dout, query, key, value, out, lse, attn_bias, None, is_causal, scale)
+    return *grads, torch.empty(0)
+
+
 @pytest.fixture(scope="module")
 def cpu_kernels():
     """Plain torch behind the operators' CPU key: what stands around the kernels runs anywhere."""
@@ -113,9 +131,13 @@ def cpu_kernels():
         patch.setattr(native, "load_error", lambda: None)
     library.impl("flash_forward", forward_on_cpu, "CPU")
     library.impl("flash_backward", backward_on_cpu, "CPU")
+    of_torch = torch.library.Library("aten", "IMPL")
+    of_torch.impl(FUSED, fused_on_cpu, "CPU")
+    of_torch.impl(f"{FUSED}_backward", fused_backward_on_cpu, "CPU")
     yield
     patch.undo()
     library._destroy()
+    of_torch._destroy()
 
 
 def inputs_on_cpu(requires_grad: bool = True) -> list[Tensor]:
@@ -142,6 +164,46 @@ def test_gradients_of_the_output_and_of_the_lse_are_the_references(is_causal):
     expected = torch.autograd.grad(weigh_reference(*given), given)
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+def node_of(out: Tensor) -> str:
+    return out.grad_fn.name()
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_own_derivative_gives_the_same_gradients(is_causal, masked):
+    given = inputs_on_cpu()
+    mask = torch.randn(5, 7, dtype=torch.float64) if masked else None
+    options = {"attn_mask": mask, "is_causal": is_causal, "scale": 0.3}
+    out = native.flash_attention(*given, **options)
+    other, _ = native.flash_attention(*given, **options, return_lse=True)
+    assert (node_of(out), node_of(other)) == (TORCHS, OURS)
+    dout = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(result, given, dout) for result in (out, other))
+    assert torch.equal(out, other)
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_the_packages_derivative_serves_what_torchs_does_not():
+    given = inputs_on_cpu()
+
+    class Tagged(Tensor):
+        pass
+
+    tagged = given[0].detach().as_subclass(Tagged).requires_grad_()
+    assert node_of(native.flash_attention(tagged, *given[1:])) == OURS
+    with FlopCounterMode(display=False) as counter:
+        assert node_of(native.flash_attention(*given)) == OURS
+    assert counter.get_total_flops() > 0
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert node_of(native.flash_attention(*given)) == OURS
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert node_of(native.flash_attention(*given)) == TORCHS
 
 
 @pytest.mark.usefixtures("cpu_kernels")
