@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm4ts_kernels import attention_fn, explain
+from ldm4ts_kernels import attention, attention_fn, explain
 from ldm4ts_kernels.attention import explain_call
 from tests.cases import Shape, draw
 
@@ -236,6 +236,43 @@ def test_a_described_call_needs_no_tensors():
     described = call._replace(device=torch.device("meta"), head_dim=520)
     reasons = explain_call(described).reasons["triton"]
     assert "takes head dims up to 256 in float32, got 520" in reasons
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        ({"key": torch.zeros(2, 4, 7, 16, dtype=torch.float64)}, "key must have the dtype"),
+        ({"key": torch.zeros(2, 4, 7, 16, device="meta")}, "key must be on cpu"),
+        ({"value": torch.zeros(2, 4, 6, 16)}, "value must have shape"),
+        ({"value": torch.zeros(2, 4, 7, 16, dtype=torch.float16)}, "value must have the dtype"),
+        ({"key": torch.zeros(2, 2, 7, 16), "value": torch.zeros(2, 2, 7, 16)}, "enable_gqa"),
+        ({"attn_mask": torch.zeros(5, 6)}, "attn_mask must broadcast"),
+        ({"attn_mask": torch.zeros(5, 7, dtype=torch.int32)}, "attn_mask must be bool"),
+        ({"attn_mask": torch.zeros(5, 7, device="meta")}, "attn_mask must be on cpu"),
+        ({"attn_mask": torch.zeros(5, 7), "is_causal": True}, "exclude each other"),
+        ({"dropout_p": 1.0}, "dropout_p must be in"),
+        ({"precision": "fp4"}, "precision must be one of"),
+        ({"backend": "none"}, "backend must be one of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_call_like_an_earlier_one_is_checked_where_it_differs(change, refusal):
+    query, key, value = tensors()
+    served = {"query": query, "key": key, "value": value, "attn_mask": torch.zeros(5, 7)}
+    if "is_causal" not in change:
+        served.pop("attn_mask")
+    for _ in range(2):
+        attention_fn(**served)
+    with pytest.raises(ValueError, match=refusal):
+        attention_fn(**{**served, **change})
+
+
+def test_no_more_calls_are_remembered_than_a_process_can_hold(monkeypatch):
+    monkeypatch.setattr(attention, "_served", {})
+    monkeypatch.setattr(attention, "MOST_SERVED", 4)
+    for length in range(1, 12):
+        attention_fn(*tensors(SHAPE._replace(Q=length)))
+        assert 1 <= len(attention._served) <= 4
 
 
 def test_int8_that_ends_in_sdpa_warns_once(fresh_announcements):
