@@ -111,6 +111,23 @@ def native_speed(rows: Rows) -> list[str]:
     return [*lines, "", source(rows)]
 
 
+def native_elsewhere(rows: Rows) -> list[str]:
+    """One line a shape: the compiled kernels with another GPU's tiles, and FlashAttention-2."""
+    times = device_times(rows)
+    lines = [
+        "| B, H, N_q, N_k, D | FlashAttention-2 | native | FA2 ÷ native |",
+        "|---|---|---|---|",
+    ]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        cells: list[list[str]] = [[], [], []]
+        for each in ("forward", "forward+backward"):
+            flash, ours = (times[shape, name, each] for name in (FLASH, "native"))
+            for cell, text in zip(cells, (flash, ours, _ratio(flash, ours)), strict=True):
+                cell.append(text)
+        lines.append(f"| {' | '.join([shape.replace('x', ', '), *map(' / '.join, cells)])} |")
+    return [*lines, "", source(rows)]
+
+
 def host_time(rows: Rows) -> list[str]:
     """One line a shape: µs of the host, both passes, by backend."""
     times = {(row["shape"], row["backend"], row["pass"]): row["host_us"] for row in rows}
@@ -169,6 +186,8 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "attention_speed": attention_speed,
     "host_time": host_time,
     "kept_activations": kept_activations,
+    "native_ada": native_elsewhere,
+    "native_ampere": native_elsewhere,
     "native_speed": native_speed,
     "native_speed_fp16": native_speed,
     "unet_step": unet_step,
@@ -179,6 +198,8 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
 # Of tables whose results have another name.
 SOURCES = {
     "attention_gains": "attention_speed",
+    "native_ada": "attention_speed_100kib",
+    "native_ampere": "attention_speed_164kib",
     "native_speed": "attention_speed",
     "native_speed_fp16": "attention_speed_fp16",
     **training_tables.SOURCES,

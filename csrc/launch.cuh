@@ -3,7 +3,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdlib>
 
 #include "params.h"
 
@@ -33,6 +35,26 @@ inline DeviceLimits device_limits() {
   return {processors};
 }
 
+// $LDM4TS_SHARED_KIB: tiles are chosen, and blocks share an SM, as on a GPU whose SMs have so much
+// shared memory: 100 (sm_86, sm_89) or 164 (sm_80). 0, where it is not set: all there is.
+inline int pretended_bytes() {
+  static const int bytes = [] {
+    const char* kib = std::getenv("LDM4TS_SHARED_KIB");
+    return kib ? std::atoi(kib) * 1024 : 0;
+  }();
+  return bytes;
+}
+
+// How many blocks then share an SM, each with 1 KiB of the system's.
+inline int pretended_blocks(int shared_bytes) { return pretended_bytes() / (shared_bytes + 1024); }
+
+// What a block must ask for so that no more of them do.
+inline int pretended_shared(int shared_bytes) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_slot());
+  return std::max(shared_bytes, bytes / (pretended_blocks(shared_bytes) + 1) - 1024 + 128);
+}
+
 // More than 48 KiB of shared memory must be asked for, once a kernel and device.
 template <auto kKernel>
 cudaError_t allow_shared(int bytes) {
@@ -54,10 +76,12 @@ int resident_blocks(int threads, int shared_bytes) {
   int found = known[slot].load(std::memory_order_relaxed);
   if (found == 0) {
     int blocks = 0;
-    if (allow_shared<kKernel>(shared_bytes) == cudaSuccess) {
+    const int asked = pretended_bytes() ? pretended_shared(shared_bytes) : shared_bytes;
+    if (allow_shared<kKernel>(asked) == cudaSuccess) {
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes);
     }
     cudaGetLastError();  // too large a tile is a reason to take another, no error
+    if (pretended_bytes()) blocks = std::min(blocks, pretended_blocks(shared_bytes));
     known[slot].store(found = blocks + 1, std::memory_order_relaxed);
   }
   return found - 1;
@@ -75,6 +99,7 @@ template <auto kKernel, class Params>
 int launch(int64_t blocks, int threads, int shared_bytes, const Params& p, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (pretended_bytes()) shared_bytes = pretended_shared(shared_bytes);
   if (const cudaError_t error = allow_shared<kKernel>(shared_bytes)) return error;
   kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(p);
   return cudaGetLastError();

@@ -21,7 +21,7 @@ DISPATCH = (CSRC / "dispatch.h").read_text()
 HEAD_DIMS = sorted({int(dim) for dim in re.findall(r"X\((\d+)\)", DISPATCH)})
 LARGE_HEAD_DIM = int(re.findall(r"kMaxFwdHeadDim = (\d+)", DISPATCH)[0])
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
-SHAPES = dict(enumerate(("wide", "narrow", "few keys", "general", "joint", "one warp", "long")))
+SHAPES = dict(enumerate(("wide", "narrow", "few keys", "general", "joint", "one warp")))
 SHARED_AN_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB, 1 of them the system's for each block
 SHARED_A_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB
 WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64}
@@ -30,27 +30,39 @@ TILES = """
 #include <cstdio>
 #include "sm80/int8_tiles.h"
 using namespace ldm;
-template <class T> void show(const char* name, const char* rest) {
-  std::printf("%s<%d%s> %d %d\\n", name, T::kHeadDim, rest, T::kThreads, T::kSharedBytes);
+template <class T> void show(const char* name, const char* rest, int rank = 0) {
+  std::printf("%s<%d%s, %d> %d %d\\n", name, T::kHeadDim, rest, rank, T::kThreads, T::kSharedBytes);
+}
+template <int kDim, int kRank = 0> void show_wide() {
+  if constexpr (kRank < kWideFwdRows<kDim>) {
+    show<FwdTiles<kDim, Shape::kWide, kRank>>("FwdTiles", ", (Shape)0", kRank);
+    show_wide<kDim, kRank + 1>();
+  }
+}
+template <int kDim, int kRank = 0> void show_joint() {
+  if constexpr (kRank < kJointBwdRows<kDim>) {
+    show<BwdTiles<kDim, Shape::kJoint, kRank>>("BwdTiles", ", (Shape)4", kRank);
+    show_joint<kDim, kRank + 1>();
+  }
 }
 template <int kDim> void show_all() {
-  if constexpr (kHasWideFwd<kDim>) show<FwdTiles<kDim, Shape::kWide>>("FwdTiles", ", (Shape)0");
-  if constexpr (kHasLongFwd<kDim>) show<FwdTiles<kDim, Shape::kLong>>("FwdTiles", ", (Shape)6");
+  show_wide<kDim>();
   show<FwdTiles<kDim, Shape::kNarrow>>("FwdTiles", ", (Shape)1");
   if constexpr (kHasOneWarpFwd<kDim>) {
     show<FwdTiles<kDim, Shape::kOneWarp>>("FwdTiles", ", (Shape)5");
   }
   if constexpr (kHasFewFwd<kDim>) show<FwdTiles<kDim, Shape::kFew>>("FwdTiles", ", (Shape)2");
   if constexpr (kHasWideBwd<kDim>) show<BwdTiles<kDim, Shape::kWide>>("BwdTiles", ", (Shape)0");
-  show<BwdTiles<kDim, Shape::kNarrow>>("BwdTiles", ", (Shape)1");
-  if constexpr (kHasJointBwd<kDim>) {
-    using Joint = BwdTiles<kDim, Shape::kJoint>;
-    show<Joint>("BwdTiles", ", (Shape)4");
-    std::printf("finish BwdTiles<%d, (Shape)4> %d %d\\n", kDim, kFinishedRows * 2,
-                kFinishedRows * Joint::kPadded * 2);
-  }
+  using Narrow = BwdTiles<kDim, Shape::kNarrow>;
+  show<Narrow>("BwdTiles", ", (Shape)1");
+  show_joint<kDim>();
+  std::printf("finish BwdTiles<%d, (Shape)1, 0> %d %d\\n", kDim, kFinishedRows * 2,
+              kFinishedRows * Narrow::kPadded * 2);
   show<BwdTiles<kDim, Shape::kGeneral>>("BwdTiles", ", (Shape)3");
-  if constexpr (kHasInt8<kDim>) show<Int8Tiles<kDim>>("Int8Tiles", "");
+  if constexpr (kHasInt8<kDim>) {
+    std::printf("Int8Tiles<%d> %d %d\\n", kDim, Int8Tiles<kDim>::kThreads,
+                Int8Tiles<kDim>::kSharedBytes);
+  }
 }
 """
 
@@ -89,7 +101,9 @@ def tile_sizes() -> dict[str, tuple[int, int]]:
             TILES
             + 'int main() { std::printf("Rows %d %d\\n", kQuantThreads, kQuantBytes); '
             + 'std::printf("Splits %d 0\\n", kCombineThreads); '
-            + f'show<LargeTiles<{LARGE_HEAD_DIM}>>("LargeTiles", ""); '
+            + f"using Large = LargeTiles<{LARGE_HEAD_DIM}>; "
+            + f'std::printf("LargeTiles<{LARGE_HEAD_DIM}> %d %d\\n", Large::kThreads, '
+            + "Large::kSharedBytes); "
             + " ".join(f"show_all<{dim}>();" for dim in HEAD_DIMS)
             + " }"
         )
@@ -141,7 +155,7 @@ def named(tiles: str) -> str:
     """Return a tile's type with the name of its shape."""
     for number, name in SHAPES.items():
         tiles = tiles.replace(f"(Shape){number}", name)
-    return tiles
+    return tiles.replace(", 0>", ">")  # the first of its rows
 
 
 def table(found: list[Kernel]) -> str:

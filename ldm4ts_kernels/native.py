@@ -136,8 +136,15 @@ class _FlashAttention(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
+@constant
+def _fused() -> Any:
+    """Return torch's operator that has these kernels (csrc/fused_ops.h) and a derivative in C++."""
+    name = "_scaled_dot_product_fused_attention_overrideable"  # of torch 2.10 to 2.13 at least
+    return getattr(torch.ops.aten, name).default if hasattr(torch.ops.aten, name) else None
+
+
 def _has_plain_gradient(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Return whether torch's own derivative of the operator will do: eager calls of mere tensors.
+    """Return whether that derivative will do: in eager calls of mere tensors.
 
     Whoever traces a call, counts or replaces its operators finds this package's there.
     """
@@ -147,6 +154,7 @@ def _has_plain_gradient(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and _fused() is not None
     )
 
 
@@ -193,8 +201,7 @@ def flash_attention(
     needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
     if needs_grad and torch.is_grad_enabled():
         if seed is None and not return_lse and _has_plain_gradient(query, key, value):
-            fused = torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default
-            return fused(query, key, value, attn_mask, 0.0, is_causal, False, scale=scale)[0]
+            return _fused()(query, key, value, attn_mask, 0.0, is_causal, False, scale=scale)[0]
         out, lse = _FlashAttention.apply(
             query, key, value, attn_mask, is_causal, scale, seed, dropout_p
         )

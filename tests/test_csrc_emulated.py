@@ -78,6 +78,7 @@ class Case:
     processors: int = MANY
     repeatable: bool = False
     growth: float = 1.0  # of the keys, from the first to the last
+    shared_kib: int = 163  # of the GPU: those of 8.6 and 8.9 have 99, Hopper 227
 
     def __str__(self) -> str:
         named = {field.name: field.default for field in fields(self)}
@@ -221,6 +222,7 @@ def run_forward(library: ctypes.CDLL, case: Case) -> Forward:
     out, mask = case.empty(case.heads, case.q_len), case.make_mask()
     lse = torch.full((case.batch, case.heads, case.q_len), torch.nan)
     params = params_of(case, q, k, v, mask)
+    library.share(case.shared_kib * 1024)
     params.o, params.lse = strided(out), lse.data_ptr()
     size = library.plan(ctypes.byref(params), case.processors)
     partial = torch.full((size + 64,), torch.nan)
@@ -266,6 +268,7 @@ def run_backward(
     grads += [case.empty(case.kv_heads, case.k_len) for _ in range(2)]
     params = ran.params
     params.repeatable = case.repeatable
+    library.share(case.shared_kib * 1024)
     at = ctypes.byref(params)
     sizes = [library.statistics_floats(at), library.dq_floats(at, case.processors)]
     assert (sizes[1] > 0) == (case.processors == FEW and not case.repeatable)
@@ -315,6 +318,13 @@ FORWARD = [
     Case(130, 170, 64, BF16, processors=FEW, growth=8.0),
     Case(130, 170, 64, BF16, processors=FEW, growth=200.0),
     Case(300, 170, 160, BF16, processors=FEW, is_causal=True, growth=200.0),
+    # those of a GPU with more or less shared memory
+    Case(130, 170, 64, BF16, processors=FEW, shared_kib=227),
+    Case(150, 170, 128, BF16, processors=FEW, shared_kib=227),
+    *(
+        Case(270, 170, head_dim, BF16, processors=FEW, is_causal=head_dim == 64, shared_kib=99)
+        for head_dim in (64, 80, 96, 112, 128, 160)
+    ),
     Case(40, 90, 64, mask="bool"),
     Case(40, 90, 64, BF16, mask="float", batch=2, heads=2),
     Case(40, 90, 40, mask="element", is_causal=True),
@@ -433,6 +443,13 @@ BACKWARD = [
             ((40, 270, 112), {"heads": 4}),
             ((70, 290, 160, BF16), {"heads": 4}),
             ((150, 260, 128), {"heads": 4, "kv_heads": 2, "is_causal": True}),
+        )
+    ),
+    *(  # those of a GPU with more or less shared memory
+        Case(130, 270, head_dim, dtype, heads=4, processors=FEW, shared_kib=shared_kib)
+        for head_dim, dtype, shared_kib in (
+            *((head_dim, BF16, 99) for head_dim in (40, 64, 80, 96, 128, 160)),
+            *((head_dim, torch.float16, 227) for head_dim in (64, 80, 160)),
         )
     ),
 ]

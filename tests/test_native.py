@@ -1,5 +1,6 @@
 """The loader, the fakes and the gradient of the compiled kernels; on a GPU, the kernels too."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -403,6 +404,17 @@ def test_no_two_of_250_runs_differ(length):
         found = [out, lse, *torch.autograd.grad(out.sum(), (query, key, value))]
         first = first or found
         assert all(map(torch.equal, found, first))
+
+
+@built
+@pytest.mark.gpu
+@pytest.mark.parametrize("kib", [100, 164])
+def test_the_tiles_of_a_gpu_with_less_shared_memory_agree_with_sdpa(kib):
+    command = [sys.executable, "-m", "tests.sanitizer_cases", "native"]
+    where = {**os.environ, "LDM4TS_SHARED_KIB": str(kib)}
+    ran = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "agree with SDPA" in ran.stdout
 
 
 @built

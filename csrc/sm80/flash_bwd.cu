@@ -32,9 +32,25 @@ int launch_statistics(const FlashParams& p, cudaStream_t stream) {
       blocks, kStatisticsRows, 0, p, stream);
 }
 
-template <typename T, class C>
+// Calls f with the first joint tiles of which an SM holds enough warps; returns f's result, or 0.
+template <typename T, int kHeadDim, int kRank = 0, typename F>
+int with_joint_tiles(F&& f) {
+  if constexpr (kRank < kJointBwdRows<kHeadDim>) {
+    using Joint = BwdTiles<kHeadDim, Shape::kJoint, kRank>;
+    const int resident =
+        resident_blocks<flash_bwd_kernel<T, Joint, false>>(Joint::kThreads, Joint::kSharedBytes);
+    if (resident * Joint::kThreads / kWarp >= kEnoughWarps) return f(Joint(), resident);
+    return with_joint_tiles<T, kHeadDim, kRank + 1>(f);
+  }
+  return 0;
+}
+
+template <typename T, int kHeadDim>
 int launch_joint(const FlashParams& p, cudaStream_t stream) {
-  if (const int error = launch_tiles<T, C, false>(p, stream)) return error;
+  const int error = with_joint_tiles<T, kHeadDim>(
+      [&](auto joint, int) { return launch_tiles<T, decltype(joint), false>(p, stream); });
+  if (error) return error;
+  using C = BwdTiles<kHeadDim, Shape::kNarrow>;
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.heads * ceil_div(p.q_len, kFinishedRows);
   return launch<flash_bwd_finish_kernel<T, C>>(blocks, kFinishedRows * 2,
                                                kFinishedRows * C::kPadded * 2, p, stream);
@@ -45,8 +61,8 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream) {
   return with_element(p.bfloat16, [&](auto element) {
     using T = decltype(element);
     if (const int error = launch_statistics<T, kHeadDim>(p, stream)) return error;
-    if constexpr (kHasJointBwd<kHeadDim>) {
-      if (p.dq_sums) return launch_joint<T, BwdTiles<kHeadDim, Shape::kJoint>>(p, stream);
+    if constexpr (kJointBwdRows<kHeadDim> > 0) {
+      if (p.dq_sums) return launch_joint<T, kHeadDim>(p, stream);
     }
     return with_flag(is_general(p), [&](auto general) {
       constexpr bool kGeneral = decltype(general)::value;
@@ -67,17 +83,12 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream) {
 // Joint blocks have the most to do, so that a last wave that is almost empty costs the most.
 template <typename T, int kHeadDim>
 bool are_joint(const FlashParams& p) {
-  if constexpr (kHasJointBwd<kHeadDim>) {
-    using Joint = BwdTiles<kHeadDim, Shape::kJoint>;
-    if (p.repeatable || is_general(p) || p.k_len <= kFewKeys || !statistics_floats(p)) return false;
-    const int64_t wave =
-        static_cast<int64_t>(device_limits().processors) *
-        resident_blocks<flash_bwd_kernel<T, Joint, false>>(Joint::kThreads, Joint::kSharedBytes);
-    if (wave == 0) return false;  // too large a tile for this GPU
-    const int64_t blocks = backward_blocks<Joint>(p);
+  if (p.repeatable || is_general(p) || p.k_len <= kFewKeys || !statistics_floats(p)) return false;
+  return with_joint_tiles<T, kHeadDim>([&](auto joint, int resident) {
+    const int64_t wave = static_cast<int64_t>(device_limits().processors) * resident;
+    const int64_t blocks = backward_blocks<decltype(joint)>(p);
     return 4 * blocks >= 3 * ceil_div(blocks, wave) * wave;
-  }
-  return false;
+  });
 }
 
 template <int kHeadDim>

@@ -34,6 +34,19 @@ struct FwdKernel {
   static constexpr auto kFunction = flash_fwd_kernel<T, C, kGeneral>;
 };
 
+// Calls f with the first wide kernel of which an SM holds enough, or the narrow one.
+template <int kHeadDim, class Narrow, typename T, int kRank = 0, typename F>
+auto with_wide_kernel(const FlashParams& p, F&& f) {
+  if constexpr (kRank < kWideFwdRows<kHeadDim>) {
+    using Wide = FwdKernel<T, FwdTiles<kHeadDim, Shape::kWide, kRank>, false>;
+    if (warps_an_sm<Wide>() < kEnoughWarps) {
+      return with_wide_kernel<kHeadDim, Narrow, T, kRank + 1>(p, f);
+    }
+    if (!prefers_narrow<kHeadDim, Wide, Narrow>(p)) return f(Wide());
+  }
+  return f(Narrow());
+}
+
 // Calls f with the kernel that serves a call.
 template <int kHeadDim, typename F>
 auto with_kernel(const FlashParams& p, F&& f) {
@@ -51,17 +64,7 @@ auto with_kernel(const FlashParams& p, F&& f) {
         return f(FwdKernel<T, FwdTiles<kHeadDim, Shape::kFew>, false>());
       }
     }
-    if constexpr (kHasWideFwd<kHeadDim>) {
-      using Wide = FwdKernel<T, FwdTiles<kHeadDim, Shape::kWide>, false>;
-      if constexpr (kHasLongFwd<kHeadDim>) {
-        using Long = FwdKernel<T, FwdTiles<kHeadDim, Shape::kLong>, false>;
-        if (warps_an_sm<Long>() >= warps_an_sm<Wide>()) {
-          return prefers_narrow<kHeadDim, Long, Narrow>(p) ? f(Narrow()) : f(Long());
-        }
-      }
-      if (!prefers_narrow<kHeadDim, Wide, Narrow>(p)) return f(Wide());
-    }
-    return f(Narrow());
+    return with_wide_kernel<kHeadDim, Narrow, T>(p, f);
   });
 }
 

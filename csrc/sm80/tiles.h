@@ -1,7 +1,9 @@
 // Every block size of the mma.sync kernels. Kernels contain no numbers.
 //
-// Each row fits 99 KiB (sm_86, sm_89), and a wide one of the forward or a joint one 163 (sm_80, and
-// sm_90 through the same kernels): where one does not fit, the narrow one serves.
+// Narrow rows, and those for few keys, fit every GPU; of wide and joint ones a head dim has
+// several, in order: the first serves with which a multiprocessor holds kEnoughWarps, two a
+// scheduler. So one is for 227 KiB of shared memory (sm_90), one for 163 (sm_80), one for 99
+// (sm_86, sm_89, sm_120), where these differ; where none does, the narrow one serves.
 #pragma once
 #include "../params.h"
 #include "../types.h"
@@ -10,6 +12,7 @@ namespace ldm {
 
 constexpr int kShared99 = 99 * 1024;
 constexpr int kShared163 = 163 * 1024;
+constexpr int kEnoughWarps = 8;
 
 struct FwdRow {
   int head_dim;
@@ -21,22 +24,17 @@ struct FwdRow {
   bool kept;      // queries stay in registers, or are read again for every product
 };
 
-// NVIDIA H100, 2026-11-27: the fastest of some ten candidates a head dim, each timed alone in a
-// graph on the shapes of benchmarks/cases.py, of those with which two blocks fit an SM of sm_80 (at
-// 128 none came near); wide 80 with its queries read again, for it spilled; 48, 96, 112, 192 and
-// 256, which no shape has, like their neighbours.
-// Long sequences: 32 queries a warp, so that every fragment of K and V serves two products.
+// NVIDIA H100, 2026-11-27 and 28: the fastest of some ten candidates a head dim, each timed alone
+// in a graph on the shapes of benchmarks/cases.py, with as much shared memory an SM as the GPU has
+// that a row is for; 48, 112 and 192, which no shape has, like their neighbours. Long sequences: 32
+// queries a warp, so that every fragment of K and V serves two products.
 constexpr FwdRow kFwdWide[] = {
-    {16, 4, 2, 64, 2, 2, true},   {32, 4, 2, 64, 2, 2, true},   {40, 4, 2, 48, 2, 2, true},
-    {48, 4, 2, 48, 2, 2, true},   {64, 4, 2, 32, 2, 2, true},   {80, 4, 2, 32, 2, 2, false},
-    {96, 4, 2, 32, 2, 2, false},  {112, 4, 2, 16, 2, 2, false}, {128, 4, 2, 32, 2, 2, false},
-    {160, 4, 2, 16, 2, 2, false}, {192, 4, 1, 16, 2, 2, true},
-};
-// In place of wide ones where a multiprocessor holds as many of their warps: a longer stage has
-// fewer barriers a key, more warps have fewer copies a query.
-constexpr FwdRow kFwdLong[] = {
-    {64, 4, 2, 32, 4, 2, true},
-    {160, 8, 2, 16, 2, 2, false},
+    {16, 4, 2, 64, 2, 2, true},   {32, 4, 2, 64, 2, 2, true},   {40, 8, 2, 48, 2, 2, true},
+    {48, 8, 2, 48, 2, 2, true},   {64, 4, 2, 32, 4, 2, true},   {64, 4, 2, 32, 2, 2, true},
+    {64, 8, 2, 32, 2, 2, true},   {80, 8, 2, 32, 2, 2, true},   {96, 4, 2, 32, 2, 2, false},
+    {96, 8, 2, 32, 1, 2, false},  {112, 8, 2, 16, 2, 2, false}, {128, 4, 2, 32, 2, 2, false},
+    {128, 8, 2, 32, 2, 2, false}, {128, 8, 1, 48, 1, 2, true},  {160, 8, 2, 16, 2, 2, false},
+    {160, 8, 1, 32, 1, 2, true},  {192, 4, 1, 16, 2, 2, true},
 };
 // Where 64 queries a block share out better: few queries, a small grid, a last wave almost empty.
 constexpr FwdRow kFwdNarrow[] = {
@@ -150,13 +148,23 @@ constexpr BwdRow kBwdNarrow[] = {
 // these sums is free. None where the tiles above, which compute the scores twice, are faster.
 constexpr BwdRow kBwdJoint[] = {
     {40, 2, {2, true, 64, 32, 1}, {}, 4, 4},
+    {40, 2, {2, true, 32, 16, 1}, {}, 4, 2},
     {48, 2, {2, true, 64, 32, 1}, {}, 4, 4},
+    {48, 2, {2, true, 32, 16, 1}, {}, 4, 2},
     {64, 2, {2, false, 64, 32, 1}, {}, 4, 2, 1, true},
+    {64, 2, {2, false, 64, 32, 1}, {}, 8, 4, 1, true},
+    {64, 2, {1, true, 64, 64, 1}, {}, 8, 4},
     {80, 2, {2, false, 64, 32, 1}, {}, 4, 4},
+    {80, 2, {2, false, 64, 32, 1}, {}, 8, 4},
+    {80, 2, {1, true, 64, 32, 1}, {}, 8, 4},
     {96, 2, {2, false, 64, 32, 1}, {}, 8, 2, 2},
-    {112, 2, {1, false, 32, 32, 1}, {}, 4, 2, 1, true},
+    {96, 2, {1, true, 32, 32, 1}, {}, 8, 2},
+    {112, 2, {1, false, 32, 32, 1}, {}, 8, 2},
     {128, 2, {2, false, 64, 32, 1}, {}, 8, 2, 2},
+    {128, 1, {2, false, 32, 16, 1}, {}, 8, 2, 2},
     {160, 2, {2, false, 32, 16, 1}, {}, 4, 2, 2},
+    {160, 2, {2, false, 32, 16, 1}, {}, 8, 2, 2},
+    {160, 1, {1, false, 64, 32, 1}, {}, 8, 4, 2},
 };
 
 // Up to this many keys, narrow tiles.
@@ -180,21 +188,27 @@ constexpr int64_t statistics_floats(const FlashParams& p) {
 }
 
 template <typename Row, int kRows>
-constexpr Row row_for(const Row (&table)[kRows], int head_dim) {
-  for (int i = 0; i < kRows; ++i) {
-    if (table[i].head_dim == head_dim) return table[i];
+constexpr int count_rows(const Row (&table)[kRows], int head_dim) {
+  int found = 0;
+  for (const Row& row : table) found += row.head_dim == head_dim;
+  return found;
+}
+// A head dim's row, by its rank among them.
+template <typename Row, int kRows>
+constexpr Row row_for(const Row (&table)[kRows], int head_dim, int rank = 0) {
+  for (const Row& row : table) {
+    if (row.head_dim == head_dim && rank-- == 0) return row;
   }
   return Row{};
 }
 
 // kGeneral: narrow, for masks and dropout, which take registers of their own.
-enum class Shape { kWide, kNarrow, kFew, kGeneral, kJoint, kOneWarp, kLong };
+enum class Shape { kWide, kNarrow, kFew, kGeneral, kJoint, kOneWarp };
 
-template <int kDim, Shape kShape>
+template <int kDim, Shape kShape, int kRank = 0>
 struct FwdTiles {
-  static constexpr bool kWide = kShape == Shape::kWide || kShape == Shape::kLong;
-  static constexpr FwdRow kRow = kShape == Shape::kWide      ? row_for(kFwdWide, kDim)
-                                 : kShape == Shape::kLong    ? row_for(kFwdLong, kDim)
+  static constexpr bool kWide = kShape == Shape::kWide;
+  static constexpr FwdRow kRow = kWide                       ? row_for(kFwdWide, kDim, kRank)
                                  : kShape == Shape::kNarrow  ? row_for(kFwdNarrow, kDim)
                                  : kShape == Shape::kOneWarp ? row_for(kFwdOneWarp, kDim)
                                                              : row_for(kFwdFew, kDim);
@@ -228,17 +242,14 @@ constexpr bool kHasFewFwd = row_for(kFwdFew, kDim).head_dim == kDim;
 constexpr int kOneWarpQueries = 32;
 template <int kDim>
 constexpr bool kHasOneWarpFwd = row_for(kFwdOneWarp, kDim).head_dim == kDim;
-// Whether a head dim has wide tiles of its own, and long ones.
 template <int kDim>
-constexpr bool kHasWideFwd = row_for(kFwdWide, kDim).head_dim == kDim;
-template <int kDim>
-constexpr bool kHasLongFwd = row_for(kFwdLong, kDim).head_dim == kDim;
+constexpr int kWideFwdRows = count_rows(kFwdWide, kDim);
 
-template <int kDim, Shape kShape>
+template <int kDim, Shape kShape, int kRank = 0>
 struct BwdTiles {
   static constexpr bool kJoint = kShape == Shape::kJoint;
   static constexpr BwdRow kRow = kShape == Shape::kWide ? row_for(kBwdWide, kDim)
-                                 : kJoint               ? row_for(kBwdJoint, kDim)
+                                 : kJoint               ? row_for(kBwdJoint, kDim, kRank)
                                                         : row_for(kBwdNarrow, kDim);
   static constexpr int kHeadDim = kDim;
   static constexpr int kPadded = ceil_div(kDim, 16) * 16;
@@ -300,6 +311,6 @@ struct BwdTiles {
 template <int kDim>
 constexpr bool kHasWideBwd = row_for(kBwdWide, kDim).head_dim == kDim;
 template <int kDim>
-constexpr bool kHasJointBwd = row_for(kBwdJoint, kDim).head_dim == kDim;
+constexpr int kJointBwdRows = count_rows(kBwdJoint, kDim);
 
 }  // namespace ldm

@@ -9,6 +9,9 @@ extern "C" {
 
 int params_bytes() { return sizeof(ldm::FlashParams); }
 
+// Bytes of shared memory that the calls after it find.
+void share(int bytes) { ldm::device_limits().shared_bytes = bytes; }
+
 // Floats of workspace for p.statistics and p.dq_sums.
 int64_t statistics_floats(const ldm::FlashParams* p) { return ldm::statistics_floats(*p); }
 int64_t dq_floats(const ldm::FlashParams* p, int processors) {
