@@ -1,5 +1,5 @@
-// Host side of a launch. tests/emulation/launch.cuh runs the same blocks on the CPU; include this
-// one as <launch.cuh>.
+// Host side of a launch; out of line, since its callers have a branch for every tile.
+// tests/emulation/launch.cuh runs the same blocks on the CPU; include this one as <launch.cuh>.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -36,23 +36,25 @@ inline DeviceLimits device_limits() {
 }
 
 // $LDM4TS_SHARED_KIB: tiles are chosen, and blocks share an SM, as on a GPU whose SMs have so much
-// shared memory: 100 (sm_86, sm_89) or 164 (sm_80). 0, where it is not set: all there is.
-inline int pretended_bytes() {
-  static const int bytes = [] {
-    const char* kib = std::getenv("LDM4TS_SHARED_KIB");
-    return kib ? std::atoi(kib) * 1024 : 0;
-  }();
-  return bytes;
+// shared memory: 100 (sm_86, sm_89) or 164 (sm_80). Not set, all there is.
+inline int pretended_kib() {
+  static const char* const text = std::getenv("LDM4TS_SHARED_KIB");
+  return text ? std::atoi(text) : 0;
 }
 
-// How many blocks then share an SM, each with 1 KiB of the system's.
-inline int pretended_blocks(int shared_bytes) { return pretended_bytes() / (shared_bytes + 1024); }
+// How many of `blocks` then share an SM, each with 1 KiB of the system's.
+__noinline__ inline int pretended_blocks(int blocks, int shared_bytes) {
+  const int kib = pretended_kib();
+  return kib ? std::min(blocks, kib * 1024 / (shared_bytes + 1024)) : blocks;
+}
 
 // What a block must ask for so that no more of them do.
-inline int pretended_shared(int shared_bytes) {
+__noinline__ inline int pretended_shared(int shared_bytes) {
+  if (!pretended_kib()) return shared_bytes;
   int bytes = 0;
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_slot());
-  return std::max(shared_bytes, bytes / (pretended_blocks(shared_bytes) + 1) - 1024 + 128);
+  const int blocks = pretended_blocks(INT32_MAX, shared_bytes);
+  return std::max(shared_bytes, bytes / (blocks + 1) - 1024 + 128);
 }
 
 // More than 48 KiB of shared memory must be asked for, once a kernel and device.
@@ -70,19 +72,18 @@ cudaError_t allow_shared(int bytes) {
 // How many blocks of a kernel an SM holds, 0 where one asks for more than there is; asked once a
 // kernel and device.
 template <auto kKernel>
-int resident_blocks(int threads, int shared_bytes) {
+__noinline__ int resident_blocks(int threads, int shared_bytes) {
   static std::atomic<int> known[kDevices];  // one more than the answer
   const int slot = device_slot();
   int found = known[slot].load(std::memory_order_relaxed);
   if (found == 0) {
     int blocks = 0;
-    const int asked = pretended_bytes() ? pretended_shared(shared_bytes) : shared_bytes;
-    if (allow_shared<kKernel>(asked) == cudaSuccess) {
+    if (allow_shared<kKernel>(pretended_shared(shared_bytes)) == cudaSuccess) {
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes);
     }
     cudaGetLastError();  // too large a tile is a reason to take another, no error
-    if (pretended_bytes()) blocks = std::min(blocks, pretended_blocks(shared_bytes));
-    known[slot].store(found = blocks + 1, std::memory_order_relaxed);
+    known[slot].store(found = pretended_blocks(blocks, shared_bytes) + 1,
+                      std::memory_order_relaxed);
   }
   return found - 1;
 }
@@ -96,10 +97,11 @@ int probe() {
 }
 
 template <auto kKernel, class Params>
-int launch(int64_t blocks, int threads, int shared_bytes, const Params& p, cudaStream_t stream) {
+__noinline__ int launch(int64_t blocks, int threads, int shared_bytes, const Params& p,
+                        cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (pretended_bytes()) shared_bytes = pretended_shared(shared_bytes);
+  shared_bytes = pretended_shared(shared_bytes);
   if (const cudaError_t error = allow_shared<kKernel>(shared_bytes)) return error;
   kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(p);
   return cudaGetLastError();
