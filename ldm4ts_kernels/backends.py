@@ -54,10 +54,13 @@ def _declines_unmeasured(call: Call) -> str | None:
 
 
 def _declines_native(call: Call) -> str | None:
-    if not is_hopper(capability(call.device)):
+    found = capability(call.device)
+    if not is_hopper(found) and found[0] != 8:
         return _declines_unmeasured(call)
     if call.mask or call.dropout:
         return "is not yet measured with a mask or dropout"
+    if found[0] == 8:
+        return _declines_native_before_hopper(call, found)
     if call.head_dim > native.MAX_GRAD_HEAD_DIM:
         return f"is not yet measured at head dims past {native.MAX_GRAD_HEAD_DIM}"
     if call.head_dim <= 16 and max(call.key_length, call.query_length) <= 784:
@@ -69,6 +72,25 @@ def _declines_native(call: Call) -> str | None:
     if call.key_length < 256 and call.query_length <= 784:
         return None
     return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90 from 256 keys or 1024 queries on"
+
+
+# On sm_8x SDPA is FlashAttention-2. The tiles of these GPUs, on an H100 as if it had no more shared
+# memory: benchmarks/results/attention_speed_100kib.csv, attention_speed_164kib.csv.
+def _declines_native_before_hopper(call: Call, found: tuple[int, int]) -> str | None:
+    if call.head_dim > 160:
+        return "is not yet measured on this kind of GPU at head dims past 160"
+    if 80 < call.head_dim <= 128:
+        return "has tiles measured at 0.7 to 1.0 of FlashAttention-2's speed at head dims 81 to 128"
+    if call.head_dim > 128 and (call.needs_grad or call.query_length <= 64):
+        return (
+            "has tiles measured at 0.9 to 1.0 of FlashAttention-2's speed past head dim 128 with a"
+            " gradient or up to 64 queries"
+        )
+    if call.needs_grad and 48 < call.head_dim <= 64 and call.key_length > 1024 and found[1] != 0:
+        return (
+            "has tiles measured at 0.9 of FlashAttention-2's speed with a gradient past 1024 keys"
+        )
+    return None
 
 
 def _declines_triton(call: Call) -> str | None:

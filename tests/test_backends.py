@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm4ts_kernels import backends, requirements, wheels
-from ldm4ts_kernels.backends import CHAINS, FLASH_ATTN4, Arguments
+from ldm4ts_kernels.backends import CHAINS, FLASH_ATTN4, NATIVE, Arguments
 from ldm4ts_kernels.requirements import HALF, Requires
 from tests.cases import CALL, Shape, draw
 
@@ -324,9 +324,38 @@ def test_auto_uses_a_kernel_on_hopper_only_where_it_was_measured_faster(
     assert not declined or "measured" in reason
 
 
+@pytest.mark.parametrize(
+    ("found", "change", "declined"),
+    [
+        ((8, 9), {}, False),
+        ((8, 6), LONG, False),
+        ((8, 6), {**LONG, "needs_grad": True}, True),
+        ((8, 0), {**LONG, "needs_grad": True}, False),
+        ((8, 6), {**LONG, "needs_grad": True, "head_dim": 40}, False),
+        ((8, 6), {**LONG, "needs_grad": True, "head_dim": 80}, False),
+        ((8, 9), {"needs_grad": True, "key_length": 784}, False),
+        ((8, 9), {**LONG, "head_dim": 128}, True),
+        ((8, 9), {**LONG, "head_dim": 160}, False),
+        ((8, 9), {**LONG, "head_dim": 160, "needs_grad": True}, True),
+        ((8, 0), {"query_length": 49, "head_dim": 160}, True),
+        ((8, 9), {"head_dim": 256}, True),
+        ((8, 9), {"mask": "boolean"}, True),
+        ((8, 9), {"dropout": True}, True),
+    ],
+)
+def test_auto_uses_the_compiled_kernels_before_hopper_where_their_tiles_were_faster(
+    monkeypatch, found, change, declined
+):
+    monkeypatch.setattr(backends, "capability", lambda device: found)
+    reason = NATIVE.declines(CALL._replace(device=torch.device("cuda", 0), **change))
+    assert (reason is not None) == declined
+    assert not declined or "measured" in reason
+
+
 def test_auto_uses_no_own_kernel_on_a_gpu_that_it_was_not_measured_on(monkeypatch):
-    monkeypatch.setattr(backends, "capability", lambda device: (8, 6))
     call = CALL._replace(device=torch.device("cuda", 0))
-    for row in (*CHAINS["exact"], *CHAINS["int8"]):
-        if row.name in ("native", "triton", "native_int8", "triton_int8"):
-            assert "not yet measured" in row.declines(call)
+    for found, served in (((8, 6), {"native"}), ((12, 0), set())):
+        monkeypatch.setattr(backends, "capability", lambda device, found=found: found)
+        for row in (*CHAINS["exact"], *CHAINS["int8"]):
+            if row.name in {"native", "triton", "native_int8", "triton_int8"} - served:
+                assert "not yet measured" in row.declines(call)
