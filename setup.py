@@ -20,13 +20,17 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "native"  # kept: a later build compiles what changed
+# KiB of shared memory an SM has where an architecture's code runs, PTX anywhere: other GPUs' tiles
+# are not compiled.
+SHARED_KIB = {80: {100, 164}, 86: {100}, 87: {164}, 89: {100}, 90: {228}}
 DEFAULT_ARCHS = "80+PTX;90"  # sm_80's machine code runs on 8.6 and 8.9 too, its PTX on what comes
 # nvcc also drives g++ for ops.cpp, the one file that includes torch, and the link.
 NINJA = """
 rule compile
   command = {nvcc} -O3 -std=c++17 -I{csrc} -isystem {torch}/include --expt-relaxed-constexpr $
       {archs} --compress-mode=size -diag-suppress 177 -Xcompiler -fPIC,-fvisibility=hidden $
-      -DTORCH_TARGET_VERSION=0x020a000000000000 $defines -MD -MF $out.d -c $in -o $out
+      -DTORCH_TARGET_VERSION=0x020a000000000000 $
+      -DLDM_SHARED_KIB={shared} $defines -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -45,8 +49,11 @@ def package_folder(name: str) -> Path | None:
     return Path(outside.stdout.strip()) if outside.returncode == 0 else None
 
 
-def arch_flags() -> str:
-    """One PTX, of the oldest architecture, becomes each one's machine code: half the time."""
+def arch_flags() -> tuple[str, str]:
+    """One PTX, of the oldest architecture, becomes each one's machine code: half the time.
+
+    Also returns the KiB of shared memory that SMs may have on which it runs.
+    """
     chosen = os.environ.get("LDM4TS_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
     codes, numbers = [], []
     for arch in re.split(r"[;,\s]+", (chosen or DEFAULT_ARCHS).strip("; ")):
@@ -56,8 +63,12 @@ def arch_flags() -> str:
         numbers.append(int(match[1] + match[2]))
         codes.append(f"sm_{numbers[-1]}{match[3]}")
     virtual = f"compute_{min(numbers)}"
-    codes += [virtual] if "+PTX" in (chosen or DEFAULT_ARCHS) else []
-    return f"-gencode arch={virtual},code=[{','.join(codes)}]"
+    every = {kib for kinds in SHARED_KIB.values() for kib in kinds}
+    shared = set().union(*(SHARED_KIB.get(number, every) for number in numbers))
+    if "+PTX" in (chosen or DEFAULT_ARCHS):
+        codes, shared = [*codes, virtual], every
+    flags = f"-gencode arch={virtual},code=[{','.join(codes)}]"
+    return flags, ",".join(map(str, sorted(shared)))
 
 
 def build_library() -> str | None:
@@ -73,7 +84,8 @@ def build_library() -> str | None:
     if not torch or not (torch / "include/torch/csrc/stable/ops.h").exists():
         return "they need the headers of torch >= 2.10, which is not installed here"
     cuda = Path(nvcc).parents[1]
-    lines = [NINJA.format(nvcc=nvcc, csrc=CSRC, torch=torch, cuda=cuda, archs=arch_flags())]
+    archs, shared = arch_flags()
+    lines = [NINJA.format(nvcc=nvcc, csrc=CSRC, torch=torch, cuda=cuda, archs=archs, shared=shared)]
     rows = re.findall(r"#define (LDM_\w*)S\(X\)((?:.*\\\n)*.*)", (CSRC / "dispatch.h").read_text())
     objects = []
     for source in sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cpp")]):

@@ -36,10 +36,12 @@ int launch_statistics(const FlashParams& p, cudaStream_t stream) {
 template <typename T, int kHeadDim, int kRank = 0, typename F>
 int with_joint_tiles(F&& f) {
   if constexpr (kRank < kJointBwdRows<kHeadDim>) {
-    using Joint = BwdTiles<kHeadDim, Shape::kJoint, kRank>;
-    const int resident =
-        resident_blocks<flash_bwd_kernel<T, Joint, false>>(Joint::kThreads, Joint::kSharedBytes);
-    if (resident * Joint::kThreads / kWarp >= kEnoughWarps) return f(Joint(), resident);
+    if constexpr (is_built<BwdTiles, kHeadDim, Shape::kJoint, kRank>()) {
+      using Joint = BwdTiles<kHeadDim, Shape::kJoint, kRank>;
+      const int resident =
+          resident_blocks<flash_bwd_kernel<T, Joint, false>>(Joint::kThreads, Joint::kSharedBytes);
+      if (resident * Joint::kThreads / kWarp >= kEnoughWarps) return f(Joint(), resident);
+    }
     return with_joint_tiles<T, kHeadDim, kRank + 1>(f);
   }
   return 0;

@@ -38,13 +38,16 @@ struct FwdKernel {
 template <int kHeadDim, class Narrow, typename T, int kRank = 0, typename F>
 auto with_wide_kernel(const FlashParams& p, F&& f) {
   if constexpr (kRank < kWideFwdRows<kHeadDim>) {
-    using Wide = FwdKernel<T, FwdTiles<kHeadDim, Shape::kWide, kRank>, false>;
-    if (warps_an_sm<Wide>() < kEnoughWarps) {
-      return with_wide_kernel<kHeadDim, Narrow, T, kRank + 1>(p, f);
+    if constexpr (is_built<FwdTiles, kHeadDim, Shape::kWide, kRank>()) {
+      using Wide = FwdKernel<T, FwdTiles<kHeadDim, Shape::kWide, kRank>, false>;
+      if (warps_an_sm<Wide>() >= kEnoughWarps) {
+        return prefers_narrow<kHeadDim, Wide, Narrow>(p) ? f(Narrow()) : f(Wide());
+      }
     }
-    if (!prefers_narrow<kHeadDim, Wide, Narrow>(p)) return f(Wide());
+    return with_wide_kernel<kHeadDim, Narrow, T, kRank + 1>(p, f);
+  } else {
+    return f(Narrow());
   }
-  return f(Narrow());
 }
 
 // Calls f with the kernel that serves a call.

@@ -13,6 +13,11 @@ namespace ldm {
 constexpr int kShared99 = 99 * 1024;
 constexpr int kShared163 = 163 * 1024;
 constexpr int kEnoughWarps = 8;
+// KiB of shared memory an SM has, of each kind of GPU that a build is for: setup.py.
+#ifndef LDM_SHARED_KIB
+#define LDM_SHARED_KIB 100, 164, 228
+#endif
+constexpr int kSharedKib[] = {LDM_SHARED_KIB};
 
 struct FwdRow {
   int head_dim;
@@ -312,5 +317,29 @@ template <int kDim>
 constexpr bool kHasWideBwd = row_for(kBwdWide, kDim).head_dim == kDim;
 template <int kDim>
 constexpr int kJointBwdRows = count_rows(kBwdJoint, kDim);
+
+// Whether an SM with so much shared memory holds enough warps of a head dim's first kRows rows, by
+// shared memory: the registers of all leave room for them.
+template <template <int, Shape, int> class Tiles, int kDim, Shape kShape, int kRows>
+constexpr bool has_enough(int kib) {
+  if constexpr (kRows == 0) {
+    return false;
+  } else {
+    using Last = Tiles<kDim, kShape, kRows - 1>;
+    const int warps = kib * 1024 / (Last::kSharedBytes + 1024) * (Last::kThreads / kWarp);
+    return warps >= kEnoughWarps || has_enough<Tiles, kDim, kShape, kRows - 1>(kib);
+  }
+}
+// Whether a row is the first for a kind of GPU that this build is for: others are not compiled.
+template <template <int, Shape, int> class Tiles, int kDim, Shape kShape, int kRank>
+constexpr bool is_built() {
+  for (const int kib : kSharedKib) {
+    if (!has_enough<Tiles, kDim, kShape, kRank>(kib) &&
+        has_enough<Tiles, kDim, kShape, kRank + 1>(kib)) {
+      return true;
+    }
+  }
+  return false;
+}
 
 }  // namespace ldm
