@@ -20,9 +20,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "native"  # kept: a later build compiles what changed
-# KiB of shared memory an SM has where an architecture's code runs, PTX anywhere: other GPUs' tiles
-# are not compiled.
-SHARED_KIB = {80: {100, 164}, 86: {100}, 87: {164}, 89: {100}, 90: {228}}
+# The kinds of GPU, by an SM's shared memory, on which an architecture's code runs, PTX on all:
+# bits for csrc/sm80/tiles.h, which leaves out the tiles of others.
+ADA, AMPERE, HOPPER = 1, 2, 4
+KINDS = {80: ADA | AMPERE, 86: ADA, 87: AMPERE, 89: ADA, 90: HOPPER}
+ALL_KINDS = ADA | AMPERE | HOPPER
 DEFAULT_ARCHS = "80+PTX;90"  # sm_80's machine code runs on 8.6 and 8.9 too, its PTX on what comes
 # nvcc also drives g++ for ops.cpp, the one file that includes torch, and the link.
 NINJA = """
@@ -30,7 +32,7 @@ rule compile
   command = {nvcc} -O3 -std=c++17 -I{csrc} -isystem {torch}/include --expt-relaxed-constexpr $
       {archs} --compress-mode=size -diag-suppress 177 -Xcompiler -fPIC,-fvisibility=hidden $
       -DTORCH_TARGET_VERSION=0x020a000000000000 $
-      -DLDM_SHARED_KIB={shared} $defines -MD -MF $out.d -c $in -o $out
+      -DLDM_SHARED_KINDS={kinds} $defines -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -49,10 +51,10 @@ def package_folder(name: str) -> Path | None:
     return Path(outside.stdout.strip()) if outside.returncode == 0 else None
 
 
-def arch_flags() -> tuple[str, str]:
+def arch_flags() -> tuple[str, int]:
     """One PTX, of the oldest architecture, becomes each one's machine code: half the time.
 
-    Also returns the KiB of shared memory that SMs may have on which it runs.
+    Also returns the kinds of GPU on which the code runs.
     """
     chosen = os.environ.get("LDM4TS_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
     codes, numbers = [], []
@@ -63,12 +65,12 @@ def arch_flags() -> tuple[str, str]:
         numbers.append(int(match[1] + match[2]))
         codes.append(f"sm_{numbers[-1]}{match[3]}")
     virtual = f"compute_{min(numbers)}"
-    every = {kib for kinds in SHARED_KIB.values() for kib in kinds}
-    shared = set().union(*(SHARED_KIB.get(number, every) for number in numbers))
+    kinds = 0
+    for number in numbers:
+        kinds |= KINDS.get(number, ALL_KINDS)
     if "+PTX" in (chosen or DEFAULT_ARCHS):
-        codes, shared = [*codes, virtual], every
-    flags = f"-gencode arch={virtual},code=[{','.join(codes)}]"
-    return flags, ",".join(map(str, sorted(shared)))
+        codes, kinds = [*codes, virtual], ALL_KINDS
+    return f"-gencode arch={virtual},code=[{','.join(codes)}]", kinds
 
 
 def build_library() -> str | None:

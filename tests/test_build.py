@@ -113,7 +113,7 @@ def test_every_kernel_is_compiled_once_a_head_dim_for_the_chosen_architectures(p
     assert len(calls) == 2 * len(exact) + len(int8) + 5
     codes = "arch=compute_86,code=[sm_86,sm_90a,compute_86]"
     assert all(codes in call for call in calls[:-1])
-    assert all("-DLDM_SHARED_KIB=100,164,228" in call for call in calls[:-1])
+    assert all("-DLDM_SHARED_KINDS=7" in call for call in calls[:-1])
     defined = {f"-DLDM_HEAD_DIM={dim}" for dim in exact}
     defined |= {f"-DLDM_INT8_HEAD_DIM={dim}" for dim in int8}
     assert defined <= set(" ".join(calls).split())
@@ -121,19 +121,13 @@ def test_every_kernel_is_compiled_once_a_head_dim_for_the_chosen_architectures(p
 
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
 @pytest.mark.parametrize(
-    ("archs", "kib"),
-    [
-        ("8.6", "100"),
-        ("80", "100,164"),
-        ("90", "228"),
-        ("8.9;9.0", "100,228"),
-        ("10.0", "100,164,228"),
-    ],
+    ("archs", "kinds"),
+    [("8.6", 1), ("80", 3), ("90", 4), ("8.9;9.0", 5), ("10.0", 7), ("86+PTX", 7)],
 )
-def test_tiles_are_compiled_for_the_gpus_that_a_build_is_for(project, tmp_path, archs, kib):
+def test_tiles_are_compiled_for_the_gpus_that_a_build_is_for(project, tmp_path, archs, kinds):
     path = fake_nvcc(tmp_path / "bin", f'echo "$@" >> {tmp_path}/calls; exit 3')
     set_up(project, "build_ext", "-b", str(tmp_path), path=path, LDM4TS_CUDA_ARCHS=archs)
-    assert f"-DLDM_SHARED_KIB={kib} " in (tmp_path / "calls").read_text()
+    assert f"-DLDM_SHARED_KINDS={kinds} " in (tmp_path / "calls").read_text()
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ namespace ldm {
 constexpr int kShared99 = 99 * 1024;
 constexpr int kShared163 = 163 * 1024;
 constexpr int kEnoughWarps = 8;
-// KiB of shared memory an SM has, of each kind of GPU that a build is for: setup.py.
-#ifndef LDM_SHARED_KIB
-#define LDM_SHARED_KIB 100, 164, 228
+// KiB of shared memory an SM has: sm_86 and 89, sm_80, sm_90. A build is for some of these, one bit
+// each: setup.py.
+constexpr int kSharedKib[] = {100, 164, 228};
+#ifndef LDM_SHARED_KINDS
+#define LDM_SHARED_KINDS 7
 #endif
-constexpr int kSharedKib[] = {LDM_SHARED_KIB};
 
 struct FwdRow {
   int head_dim;
@@ -333,8 +334,9 @@ constexpr bool has_enough(int kib) {
 // Whether a row is the first for a kind of GPU that this build is for: others are not compiled.
 template <template <int, Shape, int> class Tiles, int kDim, Shape kShape, int kRank>
 constexpr bool is_built() {
-  for (const int kib : kSharedKib) {
-    if (!has_enough<Tiles, kDim, kShape, kRank>(kib) &&
+  for (int kind = 0; kind < 3; ++kind) {
+    const int kib = kSharedKib[kind];
+    if ((LDM_SHARED_KINDS >> kind & 1) && !has_enough<Tiles, kDim, kShape, kRank>(kib) &&
         has_enough<Tiles, kDim, kShape, kRank + 1>(kib)) {
       return true;
     }
