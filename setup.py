@@ -86,8 +86,8 @@ def build_library() -> str | None:
     if not torch or not (torch / "include/torch/csrc/stable/ops.h").exists():
         return "they need the headers of torch >= 2.10, which is not installed here"
     cuda = Path(nvcc).parents[1]
-    archs, shared = arch_flags()
-    lines = [NINJA.format(nvcc=nvcc, csrc=CSRC, torch=torch, cuda=cuda, archs=archs, shared=shared)]
+    archs, kinds = arch_flags()
+    lines = [NINJA.format(nvcc=nvcc, csrc=CSRC, torch=torch, cuda=cuda, archs=archs, kinds=kinds)]
     rows = re.findall(r"#define (LDM_\w*)S\(X\)((?:.*\\\n)*.*)", (CSRC / "dispatch.h").read_text())
     objects = []
     for source in sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cpp")]):
