@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import SHAPES, Shape
-from benchmarks.measure import device_ms, eager_ms, write_rows
+from benchmarks.measure import SHARED, device_ms, eager_ms, write_rows
 from ldm4ts_kernels import attention_fn
 from ldm4ts_kernels.backends import CHAINS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FILES = {"bf16": "attention_speed", "fp16": "attention_speed_fp16"}
-PRETENDED = os.environ.get("LDM4TS_SHARED_KIB")
+PRETENDED = os.environ.get(SHARED)
 rows: dict[str, list[dict[str, object]]] = {name: [] for name in DTYPES}
 
 
@@ -99,7 +99,7 @@ def time_shape(shape: Shape, backward: bool, dtype: str = "bf16") -> Iterator[di
             "pass": "forward+backward" if backward else "forward",
             "device_ms": "", "eager_ms": "", "tflops": "", "refusal": "",
         }  # fmt: skip
-        run = both_passes(attend, tensors) if backward else _without_grad(attend, tensors)
+        run = both_passes(attend, tensors) if backward else without_grad(attend, tensors)
         try:
             run()
         except (NotImplementedError, RuntimeError) as refusal:
@@ -123,12 +123,12 @@ def test_attention(benchmark, dtype, shape, backward):
     write_rows(name, rows[dtype])  # a run that is cut keeps what it has
     tensors = draw(shape, DTYPES[dtype])
     benchmark.pedantic(
-        both_passes(attention_fn, tensors) if backward else _without_grad(attention_fn, tensors),
+        both_passes(attention_fn, tensors) if backward else without_grad(attention_fn, tensors),
         rounds=20, warmup_rounds=3,
     )  # fmt: skip
     assert any(row["device_ms"] for row in timed)
 
 
-def _without_grad(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], object]:
+def without_grad(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], object]:
     plain = [tensor.detach() for tensor in tensors]
     return lambda: attend(*plain)

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks.cases import SHAPES, Shape
 from benchmarks.measure import write_rows
-from benchmarks.test_attention_speed import draw, sdpa
+from benchmarks.test_attention_speed import both_passes, draw, sdpa, without_grad
 from ldm4ts_kernels import attention_fn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -32,21 +32,8 @@ CONTENDERS: dict[str, Callable[..., Tensor]] = {
     "triton": partial(attention_fn, backend="triton"),
     "sdpa": F.scaled_dot_product_attention,  # as torch chooses
     "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "least": lambda query, key, value: torch.exp(query),
 }
 rows: list[dict[str, object]] = []
-
-
-def forward(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], object]:
-    plain = [tensor.detach() for tensor in tensors]
-    return lambda: attend(*plain)
-
-
-def both(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], object]:
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    dout = torch.randn_like(leaves[0])
-    used = leaves if attend is not CONTENDERS["least"] else leaves[:1]
-    return lambda: torch.autograd.grad(attend(*leaves), used, dout)
 
 
 def host_us(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -63,12 +50,13 @@ def host_us(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-@pytest.mark.parametrize("make", [forward, both], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("make", [without_grad, both_passes], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_host_time(benchmark, shape: Shape, make):
     tensors = draw(shape)
     runs = {name: make(attend, tensors) for name, attend in CONTENDERS.items()}
-    each = "forward" if make is forward else "forward+backward"
+    runs["least"] = make(torch.exp, tensors[:1])
+    each = "forward" if make is without_grad else "forward+backward"
     for name, found in host_us(runs).items():
         rows.append({"shape": str(shape), "backend": name, "pass": each, "host_us": f"{found:.1f}"})
     write_rows("host_time", rows)
