@@ -36,3 +36,19 @@ SHAPES = (
     Shape(1, 30, 17776, 17776, 64, "CogVideoX"),
     Shape(1, 24, 16384, 16384, 128, "Wan / Hunyuan, 16 k tokens"),
 )
+
+# What those shapes leave out: kinds of tiles of the compiled kernels, and head dims between.
+TILE_SHAPES = (
+    Shape(2, 16, 2048, 2048, 48, "head dim 48"),
+    Shape(2, 16, 2048, 2048, 96, "head dim 96"),
+    Shape(2, 16, 2048, 2048, 112, "head dim 112"),
+    Shape(2, 16, 2048, 2048, 192, "head dim 192"),
+    Shape(2, 16, 2048, 2048, 256, "head dim 256"),
+    Shape(1, 5, 256, 16384, 64, "split keys"),
+    Shape(1, 2, 1024, 65536, 64, "split keys"),
+    Shape(1, 1, 4096, 4096, 512, "autoencoder, 512 px"),
+    Shape(4, 1, 784, 784, 512, "autoencoder, 224 px"),
+    Shape(128, 16, 16, 16, 64, "frames of a video, one warp a block"),
+    Shape(4, 8, 100, 100, 64, "paired warps"),
+    Shape(4, 8, 49, 49, 128, "paired warps"),
+)

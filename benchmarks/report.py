@@ -175,6 +175,7 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {
     "native_ampere": native_speed,
     "native_speed": native_speed,
     "native_speed_fp16": native_speed,
+    "native_tiles": native_speed,
     "unet_step": unet_step,
     **training_tables.TABLES,
 }
@@ -187,6 +188,7 @@ SOURCES = {
     "native_ampere": "attention_speed_164kib",
     "native_speed": "attention_speed",
     "native_speed_fp16": "attention_speed_fp16",
+    "native_tiles": "attention_speed_tiles",
     **training_tables.SOURCES,
 }
 

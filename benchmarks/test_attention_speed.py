@@ -4,15 +4,16 @@
 
 Random data with a bias a channel in the key; bf16, of which the tables are made, or fp16, exact
 attention alone, in a file of its own. A peer that refuses a shape is written down with its refusal.
-sageattention has no backward pass; 2.x launches on the default stream, which a graph does not
-capture, so only its eager time is taken.
+`-k tiles` times the compiled kernels' other tiles and head dims beside the peers that need no
+compilation. sageattention has no backward pass; 2.x launches on the default stream, which a graph
+does not capture, so only its eager time is taken.
 
 LDM4TS_SHARED_KIB=100 (sm_86, sm_89) or 164 (sm_80) times the compiled kernels with the tiles of
 such a GPU, and as many blocks an SM, beside FlashAttention-2 with all that this one has.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import pytest
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases import SHAPES, Shape
+from benchmarks.cases import SHAPES, TILE_SHAPES, Shape
 from benchmarks.measure import SHARED, device_ms, eager_ms, write_rows
 from ldm4ts_kernels import attention_fn
 from ldm4ts_kernels.backends import CHAINS
@@ -30,7 +31,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FILES = {"bf16": "attention_speed", "fp16": "attention_speed_fp16"}
 PRETENDED = os.environ.get(SHARED)
-rows: dict[str, list[dict[str, object]]] = {name: [] for name in DTYPES}
+TILES = "attention_speed_tiles"
+TILE_PEERS = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "native")
+rows: dict[str, list[dict[str, object]]] = {name: [] for name in (*DTYPES, TILES)}
 
 
 def draw(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -89,11 +92,18 @@ def both_passes(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Callabl
     return run
 
 
-def time_shape(shape: Shape, backward: bool, dtype: str = "bf16") -> Iterator[dict[str, object]]:
-    """Yield a row a contender: its times and TFLOP/s, or its refusal; `ldm4ts bench` prints it."""
+def time_shape(
+    shape: Shape, backward: bool, dtype: str = "bf16", names: Collection[str] = ()
+) -> Iterator[dict[str, object]]:
+    """Yield a row a contender: its times and TFLOP/s, or its refusal; `ldm4ts bench` prints it.
+
+    names: of the contenders; all, where empty.
+    """
     tensors = draw(shape, DTYPES[dtype])
     flops = 4 * shape.B * shape.H * shape.Q * shape.K * shape.D * (3.5 if backward else 1.0)
     for name, attend in contenders(dtype).items():
+        if names and name not in names:
+            continue
         row: dict[str, object] = {
             "shape": str(shape), "origin": shape.origin, "dtype": dtype, "backend": name,
             "pass": "forward+backward" if backward else "forward",
@@ -126,6 +136,17 @@ def test_attention(benchmark, dtype, shape, backward):
         both_passes(attention_fn, tensors) if backward else without_grad(attention_fn, tensors),
         rounds=20, warmup_rounds=3,
     )  # fmt: skip
+    assert any(row["device_ms"] for row in timed)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", TILE_SHAPES, ids=str)
+def test_tiles(benchmark, shape, backward):
+    timed = benchmark.pedantic(
+        lambda: list(time_shape(shape, backward, names=TILE_PEERS)), rounds=1
+    )
+    rows[TILES].extend(timed)
+    write_rows(TILES, rows[TILES])
     assert any(row["device_ms"] for row in timed)
 
 

@@ -21,7 +21,7 @@ DISPATCH = (CSRC / "dispatch.h").read_text()
 HEAD_DIMS = sorted({int(dim) for dim in re.findall(r"X\((\d+)\)", DISPATCH)})
 LARGE_HEAD_DIM = int(re.findall(r"kMaxFwdHeadDim = (\d+)", DISPATCH)[0])
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
-SHAPES = dict(enumerate(("wide", "narrow", "few keys", "general", "joint", "one warp")))
+SHAPES = dict(enumerate(("wide", "narrow", "few keys", "general", "joint", "one warp", "paired")))
 SHARED_AN_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB, 1 of them the system's for each block
 SHARED_A_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB
 WARPS_AN_SM = {80: 64, 86: 48, 89: 48, 90: 64}
@@ -53,6 +53,7 @@ template <int kDim> void show_all() {
   }
   if constexpr (kHasFewFwd<kDim>) show<FwdTiles<kDim, Shape::kFew>>("FwdTiles", ", (Shape)2");
   if constexpr (kHasWideBwd<kDim>) show<BwdTiles<kDim, Shape::kWide>>("BwdTiles", ", (Shape)0");
+  if constexpr (kHasPairedBwd<kDim>) show<BwdTiles<kDim, Shape::kPaired>>("BwdTiles", ", (Shape)6");
   using Narrow = BwdTiles<kDim, Shape::kNarrow>;
   show<Narrow>("BwdTiles", ", (Shape)1");
   show_joint<kDim>();

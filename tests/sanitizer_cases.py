@@ -48,8 +48,11 @@ def calls(backend: str) -> list[Call]:
             Call((1, 132, 256, 300, dim), grads=False),  # a wave of wide blocks
             Call((1, 1, 20, 1300, dim), grads=False),  # keys that blocks share out
         ]
-        if backend == "native":  # the backward's wide tiles
+        if (
+            backend == "native"
+        ):  # the backward's wide tiles, and narrow ones where others are paired
             found.append(Call((1, heads, 300, 300, dim), deterministic=True))
+            found.append(Call((1, 80, 49, 49, dim)))
         if not backend.endswith("int8"):
             found.append(Call((1, 2, 70, 90, dim), {"attn_mask": 90, "dropout_p": 0.1}))
     found.append(Call((1, 2, 100, 77, 40)))  # few keys

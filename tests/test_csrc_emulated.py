@@ -430,6 +430,11 @@ BACKWARD = [
     Case(300, 77, 40, heads=2, kv_heads=1),
     Case(40, 270, 64, mask="bool", heads=2),
     Case(40, 70, 256, BF16, is_causal=True),
+    Case(150, 130, 128),
+    # narrow tiles, where a grid has more blocks than processors: paired ones above, if there are
+    Case(150, 200, 64, BF16, is_causal=True, heads=4, kv_heads=2, layout="BNHD", processors=2),
+    Case(70, 100, 128, processors=2),
+    Case(300, 100, 160, BF16, is_causal=True, processors=2),
     # wide tiles: more keys than kFewKeys (csrc/sm80/tiles.h), more blocks than processors
     *(
         Case(*shape, repeatable=repeatable, processors=FEW, **options)

@@ -76,6 +76,12 @@ int launch_flash_bwd(const FlashParams& p, cudaStream_t stream) {
           return launch_tiles<T, Wide, false>(p, stream);
         }
       }
+      if constexpr (!kGeneral && kHasPairedBwd<kHeadDim>) {
+        using Paired = BwdTiles<kHeadDim, Shape::kPaired>;
+        if (backward_blocks<Paired>(p) <= device_limits().processors) {
+          return launch_tiles<T, Paired, false>(p, stream);
+        }
+      }
       constexpr Shape kShape = kGeneral ? Shape::kGeneral : Shape::kNarrow;
       return launch_tiles<T, BwdTiles<kHeadDim, kShape>, kGeneral>(p, stream);
     });

@@ -6,10 +6,10 @@
 // Both compute the scores, so there are 7 products where 5 would do. In return the sums stay in
 // registers and so do p and ds, which are operand A of the next product as they are: no atomics, no
 // float32 dq, no second pass over it, one launch with twice the blocks, the same result every time.
+//   shared:      two warps hold the same rows. Each computes p and ds for half the rows met, and
+//                sums half the columns from what both have left in shared memory.
 //   joint:       by keys, and ds goes through shared memory into dq, to which all blocks add in
-//                float32 by atomics: 5 products, for long sequences. Of a wide head, two warps hold
-//                the same keys: each computes p and ds for half the queries, and sums half the
-//                columns of dk and dv from what both have left in shared memory.
+//                float32 by atomics: 5 products, for long sequences; of a wide head, shared.
 #pragma once
 #include "../dropout.cuh"
 #include "../mask.cuh"
@@ -222,7 +222,7 @@ LDM_DEVICE void meet(Sums<S>& sums, Sums<S>& values, const Operands<S>& operands
   accumulate(T(), sums, dp, met, at, sweep.column);
 }
 
-// One step of warps that share their keys: the scores of this warp's slice, then all sums.
+// One step of warps that share their rows: the scores of this warp's slice, then all sums.
 template <typename T, class S>
 LDM_DEVICE void meet_shared(Sums<S>& sums, Sums<S>& values, Operands<S>& operands,
                             const Sweep<S>& sweep, int step) {
@@ -239,7 +239,7 @@ LDM_DEVICE void meet_shared(Sums<S>& sums, Sums<S>& values, Operands<S>& operand
         s[r][n][e] = exp2_approx(s[r][n][e] * scale - lse);
       });
     });
-    store_scores<T, S>(T(), sweep.shared_p(), at, s);
+    if constexpr (S::kByKeys) store_scores<T, S>(T(), sweep.shared_p(), at, s);
     operands.statistics.for_share(0, 1, [&](int r, int n, int e, float, float delta) {
       dp[r][n][e] = s[r][n][e] * (dp[r][n][e] - delta);
     });
@@ -247,9 +247,11 @@ LDM_DEVICE void meet_shared(Sums<S>& sums, Sums<S>& values, Operands<S>& operand
   }
   sync_block();
   const int column = sum_column<S>();
-  accumulate_tile(T(), values, sweep.shared_p().rows_from(row), met_too, column);
+  if constexpr (S::kByKeys) {
+    accumulate_tile(T(), values, sweep.shared_p().rows_from(row), met_too, column);
+  }
   accumulate_tile(T(), sums, sweep.ds(step).rows_from(row), met, column);
-  add_to_queries(T(), sweep, step);
+  if constexpr (S::kJoint) add_to_queries(T(), sweep, step);
 }
 
 template <typename T, class S, bool kGeneral>
@@ -258,9 +260,9 @@ LDM_DEVICE void sweep_block(const FlashParams& p, int block) {
   const int warp_row = held_row<S>();
   const auto start = [&](int step) { sweep.start(step); };
   sweep.start_held();
-  LDM_UNROLL for (int step = 0; step < S::kStages - 1; ++step) start(step);
+  LDM_UNROLL for (int step = 0; step < steps_ahead<S::kStages>; ++step) start(step);
   if (!p.statistics) compute_statistics<T>(sweep);
-  copy_wait<S::kStages - 1>();
+  copy_wait<steps_ahead<S::kStages>>();
   sync_block();
   Operands<S> operands;
   operands.held.load(sweep.held.rows_from(warp_row));
@@ -293,7 +295,7 @@ LDM_DEVICE void sweep_block(const FlashParams& p, int block) {
     }
     if (!sweep.next_head()) break;
     sync_block();
-    LDM_UNROLL for (int step = 0; step < S::kStages - 1; ++step) start(step);
+    LDM_UNROLL for (int step = 0; step < steps_ahead<S::kStages>; ++step) start(step);
   }
   copy_wait<0>();
   sync_block();

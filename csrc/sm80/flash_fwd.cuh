@@ -152,8 +152,9 @@ LDM_DEVICE bool attend_block(const FlashParams& p, bool follow) {
   stages.start_first_keys();
   copy_commit();
   const int first_stage = keys.begin / C::kBlockK;
-  LDM_UNROLL for (int stage = 0; stage < C::kStages - 1; ++stage) start(first_stage + stage);
-  copy_wait<C::kStages - 1>();
+  LDM_UNROLL for (int stage = 0; stage < steps_ahead<C::kStages>; ++stage)
+      start(first_stage + stage);
+  copy_wait<steps_ahead<C::kStages>>();
   sync_block();
   RowOperand<C::kPadded, C::kRowTiles, kGeneral ? C::kGeneralKept : C::kKept> query;
   query.load(q_tile.rows_from(warp_row));

@@ -202,9 +202,9 @@ int8_fwd_kernel(LDM_PARAMS_OF(Int8Params) p) {
   const auto start = [&](int stage) { stages.start(stage); };
   stages.start_first_keys();
   copy_commit();
-  LDM_UNROLL for (int stage = 0; stage < C::kStages - 1; ++stage) start(stage);
+  LDM_UNROLL for (int stage = 0; stage < steps_ahead<C::kStages>; ++stage) start(stage);
   round_queries<T, C>(T(), p, batch, head, q_begin, q_tile, terms);
-  copy_wait<C::kStages - 1>();
+  copy_wait<steps_ahead<C::kStages>>();
   sync_block();
   RowOperand<C::kKeyColumns, C::kRowTiles, C::kKept> query;
   query.load(q_tile.rows_from(warp_row));

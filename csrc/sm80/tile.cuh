@@ -180,12 +180,16 @@ LDM_DEVICE void store_tile(Rows rows, Tile<kColumns> tile, int first, int n_rows
 }
 
 // Awaits the copies of one step of a pipeline of kStages buffers, and has a later step's started:
-// start(step) copies and commits. Before step 0, start the first kStages − 1 steps.
+// start(step) copies and commits. Before step 0, start the first steps_ahead<kStages>.
+template <int kStages>
+constexpr int steps_ahead = kStages > 1 ? kStages - 1 : 1;
 template <int kStages, typename F>
 LDM_DEVICE void await_step(int step, F&& start) {
   if constexpr (kStages == 1) {
-    sync_block();  // the one buffer is free
-    start(step);
+    if (step > 0) {
+      sync_block();  // the one buffer is free
+      start(step);
+    }
     copy_wait<0>();
     sync_block();
   } else {

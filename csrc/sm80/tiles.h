@@ -119,11 +119,10 @@ struct BwdRow {
   int head_dim;
   int stages;  // steps in flight
   SideRow by_keys, by_queries;
-  // joint:
   int warps = 4;
-  int query_warps = 0;  // of them share out the queries of dq, warps / query_warps its columns
-  int shares = 1;       // warps that hold the same keys, each meets a slice and sums some columns
-  bool late = false;    // dq gains from a step during the next one, without a barrier between
+  int query_warps = 0;  // joint: share out the queries of dq, warps / query_warps its columns
+  int shares = 1;       // warps that hold the same rows, each meets a slice and sums some columns
+  bool late = false;    // joint: dq gains from a step during the next, without a barrier between
 };
 // NVIDIA H200, 2026-11-23, and H100, 2026-11-27: the fastest of some ten candidates a side, each
 // timed alone in a graph on the shapes of benchmarks/cases.py; 48, 96, 112, 192 and 256, which no
@@ -148,6 +147,13 @@ constexpr BwdRow kBwdNarrow[] = {
     {160, 2, {1, false, 32, 32, 1}, {1, true, 32, 32, 1}},
     {192, 2, {1, false, 32, 32, 2}, {1, false, 32, 32, 1}},
     {256, 1, {1, false, 32, 32, 2}, {1, false, 32, 32, 1}},
+};
+// Narrow, with twice the warps, two of which hold the same rows: for grids that leave an SM one
+// block at most, where a warp's own work is what takes the time. NVIDIA H200, 2026-11-28.
+constexpr BwdRow kBwdPaired[] = {
+    {64, 1, {1, true, 64, 32, 1}, {1, true, 64, 32, 1}, 8, 0, 2},
+    {128, 1, {1, true, 64, 32, 1}, {1, true, 64, 32, 1}, 8, 0, 2},
+    {160, 1, {1, true, 64, 32, 1}, {1, true, 64, 32, 1}, 8, 0, 2},
 };
 
 // One block computes dk and dv of its keys and adds to dq: long sequences, wherever the order of
@@ -209,7 +215,7 @@ constexpr Row row_for(const Row (&table)[kRows], int head_dim, int rank = 0) {
 }
 
 // kGeneral: narrow, for masks and dropout, which take registers of their own.
-enum class Shape { kWide, kNarrow, kFew, kGeneral, kJoint, kOneWarp };
+enum class Shape { kWide, kNarrow, kFew, kGeneral, kJoint, kOneWarp, kPaired };
 
 template <int kDim, Shape kShape, int kRank = 0>
 struct FwdTiles {
@@ -254,9 +260,10 @@ constexpr int kWideFwdRows = count_rows(kFwdWide, kDim);
 template <int kDim, Shape kShape, int kRank = 0>
 struct BwdTiles {
   static constexpr bool kJoint = kShape == Shape::kJoint;
-  static constexpr BwdRow kRow = kShape == Shape::kWide ? row_for(kBwdWide, kDim)
-                                 : kJoint               ? row_for(kBwdJoint, kDim, kRank)
-                                                        : row_for(kBwdNarrow, kDim);
+  static constexpr BwdRow kRow = kShape == Shape::kWide     ? row_for(kBwdWide, kDim)
+                                 : kShape == Shape::kPaired ? row_for(kBwdPaired, kDim)
+                                 : kJoint                   ? row_for(kBwdJoint, kDim, kRank)
+                                                            : row_for(kBwdNarrow, kDim);
   static constexpr int kHeadDim = kDim;
   static constexpr int kPadded = ceil_div(kDim, 16) * 16;
   static constexpr int kThreads = kRow.warps * kWarp;
@@ -286,7 +293,10 @@ struct BwdTiles {
     static constexpr int kSumColumns = kColumns / kShares;  // a warp's
     static constexpr int kSumTiles = kParts * kShares == 1 ? kDim / 8 : kSumColumns / 8;
     static constexpr int kStageBytes = 2 * kStep * kPadded * 2;  // q and do, or k and v
-    static constexpr int kBytes = 2 * kRows * kPadded * 2 + kStages * kStageBytes;
+    // ds, and that of the step before, or p
+    static constexpr int kScoreTiles = kLate || kShares > 1 ? 2 : kJoint ? 1 : 0;
+    static constexpr int kBytes =
+        2 * kRows * kPadded * 2 + kStages * kStageBytes + kScoreTiles * kRows * kStep * 2;
     static_assert(kColumns % 16 == 0 && kStep % kSlice == 0 && kSlice % 16 == 0 &&
                       kStatisticsRows % kStep == 0 && kRows <= kOwnQueries,
                   "operands are 16 wide, statistics 128 long");
@@ -302,20 +312,18 @@ struct BwdTiles {
   using ByKeys = Side<true>;
   using ByQueries = Side<kJoint>;                           // joint: there are none
   static constexpr int kStatisticsBytes = kOwnQueries * 8;  // or those of the steps in flight
-  // ds, and that of the step before, or p
-  static constexpr int kScoreTiles = !kJoint ? 0 : ByKeys::kLate || ByKeys::kShares > 1 ? 2 : 1;
-  static constexpr int kScoreBytes = kScoreTiles * ByKeys::kRows * ByKeys::kStep * 2;
   static constexpr int kSharedBytes =
-      (ByKeys::kBytes > ByQueries::kBytes ? ByKeys::kBytes : ByQueries::kBytes) + kStatisticsBytes +
-      kScoreBytes;
+      (ByKeys::kBytes > ByQueries::kBytes ? ByKeys::kBytes : ByQueries::kBytes) + kStatisticsBytes;
   static_assert(kRow.head_dim == kDim && kSharedBytes <= (kJoint ? kShared163 : kShared99),
                 "no row, or too large a one");
   static_assert(kRow.stages * ByKeys::kStep * 8 <= kStatisticsBytes, "too many steps in flight");
 };
 
-// Whether wide tiles exist for a head dim.
+// Whether wide tiles, or paired ones, exist for a head dim.
 template <int kDim>
 constexpr bool kHasWideBwd = row_for(kBwdWide, kDim).head_dim == kDim;
+template <int kDim>
+constexpr bool kHasPairedBwd = row_for(kBwdPaired, kDim).head_dim == kDim;
 template <int kDim>
 constexpr int kJointBwdRows = count_rows(kBwdJoint, kDim);
 
