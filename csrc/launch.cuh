@@ -42,6 +42,14 @@ inline int pretended_kib() {
   return text ? std::atoi(text) : 0;
 }
 
+// The most that a block may ask for.
+__noinline__ inline int most_shared() {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_slot());
+  const int kib = pretended_kib();
+  return kib ? std::min(bytes, (kib - 1) * 1024) : bytes;
+}
+
 // How many of `blocks` then share an SM, each with 1 KiB of the system's.
 __noinline__ inline int pretended_blocks(int blocks, int shared_bytes) {
   const int kib = pretended_kib();
@@ -78,10 +86,11 @@ __noinline__ int resident_blocks(int threads, int shared_bytes) {
   int found = known[slot].load(std::memory_order_relaxed);
   if (found == 0) {
     int blocks = 0;
-    if (allow_shared<kKernel>(pretended_shared(shared_bytes)) == cudaSuccess) {
+    if (shared_bytes <= most_shared() &&
+        allow_shared<kKernel>(pretended_shared(shared_bytes)) == cudaSuccess) {
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes);
     }
-    cudaGetLastError();  // too large a tile is a reason to take another, no error
+    cudaGetLastError();  // a reason to take another tile is no error of the next launch
     known[slot].store(found = pretended_blocks(blocks, shared_bytes) + 1,
                       std::memory_order_relaxed);
   }

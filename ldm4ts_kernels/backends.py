@@ -46,7 +46,7 @@ def _triton_device(call: Call) -> str | None:
     return f"needs a cuda device, got {call.device.type}"
 
 
-# Device time on an H100, bf16, where sdpa is cuDNN: benchmarks/results/attention_speed.csv.
+# Device time on an H200, bf16, where sdpa is cuDNN: benchmarks/results/attention_speed.csv.
 def _declines_unmeasured(call: Call) -> str | None:
     if call.device.type == "cuda":
         return "is not yet measured on this kind of GPU: ask for it by name"
@@ -68,13 +68,18 @@ def _declines_native(call: Call) -> str | None:
     if call.needs_grad:
         if call.key_length <= 196 and call.head_dim <= 80:
             return None
-        return "is measured at 0.5 to 0.9 of sdpa's speed on sm_90 with a gradient, past 196 keys"
+        if max(call.key_length, call.query_length) <= 64 and call.head_dim <= 160:
+            return None
+        return (
+            "is measured at 0.5 to 0.9 of sdpa's speed on sm_90 with a gradient, past 196 keys; past"
+            " head dim 80 it is measured ahead up to 64"
+        )
     if call.key_length < 256 and call.query_length <= 784:
         return None
     return "is measured at 0.5 to 1.0 of sdpa's speed on sm_90 from 256 keys or 1024 queries on"
 
 
-# On sm_8x SDPA is FlashAttention-2. The tiles of these GPUs, on an H100 as if it had no more shared
+# On sm_8x SDPA is FlashAttention-2. The tiles of these GPUs, on an H200 as if it had no more shared
 # memory: benchmarks/results/attention_speed_100kib.csv, attention_speed_164kib.csv.
 def _declines_native_before_hopper(call: Call, found: tuple[int, int]) -> str | None:
     if call.head_dim > 160:

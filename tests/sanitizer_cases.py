@@ -1,6 +1,7 @@
 """Each kernel of a backend on small shapes, for NVIDIA's compute-sanitizer:
 
     compute-sanitizer --tool racecheck python -m tests.sanitizer_cases native
+    compute-sanitizer --tool racecheck python -m tests.sanitizer_cases native 3/4  # a part of it
 
 and likewise with memcheck, initcheck or synccheck, and for native_int8, triton and triton_int8. The
 shapes are those with which an H100 launches each kind of tile; with LDM4TS_SHARED_KIB=100 or 164 it
@@ -117,13 +118,14 @@ def zeroed_tensor_maps() -> Any:
 
 
 def main() -> None:
-    """Run every call of the backend that is named."""
-    (backend,) = sys.argv[1:]
+    """Run every call of the backend that is named, or every fourth from the third on."""
+    backend, *part = sys.argv[1:]
+    at, parts = map(int, part[0].split("/")) if part else (1, 1)
     # Each tensor is an allocation of its own, past whose end nothing lies: set before the first.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     torch.utils.deterministic.fill_uninitialized_memory = False  # which initcheck would not see
     torch.manual_seed(0)
-    done = calls(backend)
+    done = calls(backend)[at - 1 :: parts]
     with zeroed_tensor_maps():
         for call in done:
             run(backend, call)
