@@ -71,8 +71,8 @@ def _declines_native(call: Call) -> str | None:
         if max(call.key_length, call.query_length) <= 64 and call.head_dim <= 160:
             return None
         return (
-            "is measured at 0.5 to 0.9 of sdpa's speed on sm_90 with a gradient, past 196 keys; past"
-            " head dim 80 it is measured ahead up to 64"
+            "is measured at 0.5 to 0.9 of sdpa's speed on sm_90 with a gradient, past 196 keys, and"
+            " past head dim 80 not yet between 65 and 196"
         )
     if call.key_length < 256 and call.query_length <= 784:
         return None

@@ -197,7 +197,7 @@ def test_no_kernel_spills_and_each_fits_every_gpu_it_serves(resources):
         joint = kernel.name == "flash_bwd_kernel" and "(Shape)4" in kernel.tiles
         paired = kernel.name == "flash_bwd_kernel" and "(Shape)6" in kernel.tiles
         wide = kernel.name == "flash_fwd_kernel" and re.search(r"\(Shape\)[06]", kernel.tiles)
-        # pointers, read once a stage; where a joint block is, once a step; of paired warps, once a head
+        # pointers, read once a stage; of a joint block, once a step; of paired warps, once a head
         assert kernel.stack_bytes <= (48 if joint or paired else 24 if wide else 0), kernel
         for capability in (80, 90) if wide or joint else (80, 86, 89, 90):  # narrow ones serve
             assert kernel.shared_bytes <= resources.SHARED_A_BLOCK[capability] * 1024, kernel
