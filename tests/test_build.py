@@ -15,6 +15,17 @@ from ldm4ts_kernels import native
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+# Pythons with another torch, os.pathsep between them.
+PYTHONS = [sys.executable, *filter(None, os.environ.get("OTHER_PYTHONS", "").split(os.pathsep))]
+LOAD = """
+import torch
+from ldm4ts_kernels import native
+assert native.load_error() is None, native.load_error()
+aten = "aten::_scaled_dot_product_fused_attention_overrideable"
+own = "ldm4ts_kernels::flash_"
+for name in (own + "forward", own + "backward", aten, aten + "_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+"""
 needs_library = pytest.mark.skipif(
     not native.LIBRARY.exists(), reason="the compiled extension is not built here"
 )
@@ -175,6 +186,14 @@ def test_of_torch_it_uses_the_stable_c_functions_alone_and_the_cuda_one_weakly()
     }
     assert torchs.pop("aoti_torch_get_current_cuda_stream") == "w"
     assert all(name.startswith(("aoti_torch_", "torch_")) for name in torchs), torchs
+
+
+@needs_library
+@pytest.mark.parametrize("python", PYTHONS)
+def test_one_library_loads_in_every_torch(python):
+    command = [python, "-c", LOAD]
+    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
 
 
 @pytest.fixture(scope="module")
