@@ -49,9 +49,8 @@ def calls(backend: str) -> list[Call]:
             Call((1, 132, 256, 300, dim), grads=False),  # a wave of wide blocks
             Call((1, 1, 20, 1300, dim), grads=False),  # keys that blocks share out
         ]
-        if (
-            backend == "native"
-        ):  # the backward's wide tiles, and narrow ones where others are paired
+        # the backward's wide tiles, and narrow ones where the first call has paired ones
+        if backend == "native":
             found.append(Call((1, heads, 300, 300, dim), deterministic=True))
             found.append(Call((1, 80, 49, 49, dim)))
         if not backend.endswith("int8"):
@@ -118,7 +117,7 @@ def zeroed_tensor_maps() -> Any:
 
 
 def main() -> None:
-    """Run every call of the backend that is named, or every fourth from the third on."""
+    """Run every call of the backend that is named, or one part of them: "3/4", the third of 4."""
     backend, *part = sys.argv[1:]
     at, parts = map(int, part[0].split("/")) if part else (1, 1)
     # Each tensor is an allocation of its own, past whose end nothing lies: set before the first.
