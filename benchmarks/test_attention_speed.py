@@ -33,7 +33,7 @@ FILES = {"bf16": "attention_speed", "fp16": "attention_speed_fp16"}
 PRETENDED = os.environ.get(SHARED)
 TILES = "attention_speed_tiles"
 TILE_PEERS = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "native")
-rows: dict[str, list[dict[str, object]]] = {name: [] for name in (*DTYPES, TILES)}
+rows: dict[str, list[dict[str, object]]] = {name: [] for name in (*FILES.values(), TILES)}
 
 
 def draw(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -123,14 +123,18 @@ def time_shape(
         yield row
 
 
+def keep(name: str, timed: list[dict[str, object]]) -> None:
+    """Write a file's rows so far, with these: a run that is cut keeps what it has."""
+    rows[name].extend(timed)
+    write_rows(f"{name}_{PRETENDED}kib" if PRETENDED else name, rows[name])
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(benchmark, dtype, shape, backward):
     timed = list(time_shape(shape, backward, dtype))
-    rows[dtype].extend(timed)
-    name = f"{FILES[dtype]}_{PRETENDED}kib" if PRETENDED else FILES[dtype]
-    write_rows(name, rows[dtype])  # a run that is cut keeps what it has
+    keep(FILES[dtype], timed)
     tensors = draw(shape, DTYPES[dtype])
     benchmark.pedantic(
         both_passes(attention_fn, tensors) if backward else without_grad(attention_fn, tensors),
@@ -145,8 +149,7 @@ def test_tiles(benchmark, shape, backward):
     timed = benchmark.pedantic(
         lambda: list(time_shape(shape, backward, names=TILE_PEERS)), rounds=1
     )
-    rows[TILES].extend(timed)
-    write_rows(TILES, rows[TILES])
+    keep(TILES, timed)
     assert any(row["device_ms"] for row in timed)
 
 
